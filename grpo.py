@@ -1,0 +1,497 @@
+"""GRPO for long writing: sample, score, average the advantages of three rewards, step.
+
+    python grpo.py                                     # teaches the toy to write to length
+    torchrun --nproc_per_node 8 grpo.py model=FOLDER prompts=rows.jsonl reward_model=FOLDER
+
+Shapes: P prompts a step, G samples of each, N tokens of a pack.
+
+Where the paper (arXiv:2506.18841) is silent or differs:
+1. Each reward is normalised on its own within its group, and the three advantages are averaged.
+   The deviation has a floor (0.1 for length and format, half of the batch's for writing), or
+   0.98 against 1.00 would count as much as 0 against 1.
+2. One update per batch: there is no old-log-prob pass, and nothing to clip. The ratio of the
+   trainer's probability to the sampler's, about 1 in fp32, is a weight per token, cut at 2.
+   With top_p or top_k the sampler's is that of the truncated distribution.
+3. The loss is the mean over the tokens of a prompt's group, then over prompts, so that a long
+   request does not weigh more than a short one; normalised once per step over all ranks.
+4. A truncated sample stays in the loss, with format 0: leaving it out would make running to the
+   cap a place that the policy never learns to leave.
+5. A judge that fails leaves a sample unscored (NaN): out of its group's mean, advantage 0.
+"""
+import json
+import math
+import textwrap
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import (InputError, copy_weights, load_for_sampling, load_for_training,
+                   load_tokenizer, parse_config, script, setup)
+from pretrain import (MINIMUM, TRAINING, Run, apply_gradient, draw_curves, learning_rate,
+                      make_optimizer, print_plan)
+from reward import WritingModel, rule_rewards
+from sample import (MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts, generate,
+                    load_rows, prompt_row, read_done)
+
+CONFIG = dict(
+    model="toy/policy",            # folder or hub name to start from
+    reward_model="toy/reward",     # folder with a score head; "" leaves writing out
+    prompts="toy/prompts.jsonl",   # rows {"id", "prompt", "length": [lo, hi]}
+    eval_prompts="toy/held_out.jsonl",
+    columns={},                    # other names of "id", "prompt", "length"
+    template="think",              # think, direct or chat
+    out="out/grpo",                # the run's folder
+    steps=100,
+    num_prompts=8,                 # P, prompts a step
+    num_samples=8,                 # G, samples a prompt
+    max_tokens=400,                # of a completion
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    length_max=2.0,                # the length reward is 0 from this multiple of the upper end
+    lr=1e-3,
+    schedule="constant",           # or cosine
+    ratio_cap=2.0,                 # of trainer over sampler, per token
+    micro_tokens=8192,             # tokens a forward pass, on each rank
+    slots=64,                      # sequences that a rank decodes together
+    **TRAINING | dict(weight_decay=0.0, warmup=5, beta2=0.99, eval_every=25, save_every=25),
+)
+COMPONENTS = ("length", "format", "writing")
+STD_FLOOR = 0.1     # of length and format, which lie in 0..1
+EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1
+ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
+MAX_BAD_STEPS = 3   # steps in a row whose gradient is not finite
+PANELS = {"length reward": ["reward/length", "eval/length"],
+          "format reward": ["reward/format", "eval/format"],
+          "writing reward": ["reward/writing", "eval/writing"],
+          "asked against written (rank correlation)": ["eval/spearman"],
+          "words": ["words"], "cut and repeated": ["truncated", "repetition"]}
+
+
+# ---------------------------------------------------------------- prompts
+
+def load_requests(path, columns):
+    """Prompt rows, each with a length range."""
+    def check(row, number):
+        found = prompt_row(row, number, columns)
+        if found["length"] is None:
+            raise ValueError(f"expected length [lo, hi], found columns {sorted(row)}")
+        return found
+    return load_rows(path, check)
+
+
+def drop_unreachable(rows, tokenizer, max_tokens, is_main):
+    """Rows whose range fits into max_tokens, by the tokens per word of the prompts themselves;
+    [0, 0] marks a request that cannot be met. The others are named."""
+    tokens = sum(len(tokenizer.encode(row["prompt"])) for row in rows)
+    per_word = tokens / max(1, sum(count_words(row["prompt"]) for row in rows))
+    fits = lambda row: row["length"][1] > 0 and row["length"][0] * per_word <= max_tokens
+    for row in rows:
+        if is_main and not fits(row):
+            print(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word:.2f} tokens a "
+                  f"word, do not fit max_tokens={max_tokens}")
+    return [row for row in rows if fits(row)]
+
+
+def choose_prompts(num_rows, num_prompts, step, seed):
+    """Places of the prompts of 1-based step: each epoch in a new order, a function of the seed."""
+    places = range((step - 1) * num_prompts, step * num_prompts)
+    return [np.random.default_rng([seed, place // num_rows]).permutation(num_rows)[place % num_rows]
+            for place in places]
+
+
+# ---------------------------------------------------------------- roll out and score
+
+class Abandoned(Exception):
+    """The run has to stop in the middle of a rollout."""
+
+
+def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots, **options):
+    """All ranks' completions in order of prompt and sample; None when a rank has to stop."""
+    longest_first = sorted(range(len(rows)), key=lambda p: -rows[p]["length"][1])
+    jobs = [(p, sample) for p in longest_first for sample in range(num_samples)]
+    shown = 0.0
+
+    def on_look(engine):
+        nonlocal shown
+        if run.wants_stop():
+            raise Abandoned
+        if time.time() - shown > 0.5:
+            shown = time.time()
+            bar.set_description_str(f"sampling, {len(engine.running())} running")
+
+    run.rollouts += 1
+    work = deal(jobs, ranks, max(slots, MIN_ROWS), f"rollout/{run.rollouts}")
+    completions = []
+    try:
+        completions += generate(sampler, prompts, work, stops, slots=slots, on_look=on_look,
+                                **options)
+    except Abandoned:
+        pass
+    bar.set_description_str("")
+    if run.agree(run.wants_stop()):  # ranks meet at the store before any collective
+        return None
+    return sorted(ranks.gather(completions), key=lambda c: (c.prompt, c.sample))
+
+
+def score(completions, rows, tokenizer, judge, ranks, template, length_max):
+    """A dict per completion: length, format, writing, repetition, words, answer, completion."""
+    mine = completions[ranks.rank::ranks.world]
+    scored = []
+    for c in mine:
+        text = tokenizer.decode(c.tokens)
+        rewards = rule_rewards(text, rows[c.prompt]["length"], template, length_max,
+                               c.finish == "length")
+        scored.append(rewards | {"completion": text, "place": (c.prompt, c.sample)})
+    writing = [0.0] * len(mine)
+    if judge:
+        writing = judge.score([rows[c.prompt]["prompt"] for c in mine],
+                              [rewards["answer"] for rewards in scored])
+    for rewards, value in zip(scored, writing):
+        rewards["writing"] = value
+    return sorted(ranks.gather(scored), key=lambda rewards: rewards["place"])
+
+
+# ---------------------------------------------------------------- advantages and loss
+
+def normalise(rewards_PG, floor):
+    """(r - mean) / max(std, floor) within each group; an unscored sample (NaN) gets 0."""
+    mean = rewards_PG.nanmean(1, keepdim=True)
+    std = (rewards_PG - mean).pow(2).nanmean(1, keepdim=True).sqrt()
+    return ((rewards_PG - mean) / std.clamp(min=floor)).nan_to_num(0.0)
+
+
+def average_advantages(rewards):
+    """{component: (P, G) rewards} -> (P, G): the mean of the components' own advantages."""
+    parts = []
+    for name, rewards_PG in rewards.items():
+        scored = rewards_PG[~rewards_PG.isnan()]
+        spread = scored.std(correction=0).item() if len(scored) else 0.0
+        floor = max(0.5 * spread, 1e-6) if name == "writing" else STD_FLOOR
+        parts.append(normalise(rewards_PG, floor))
+    return torch.stack(parts).mean(0)
+
+
+def policy_loss(logprobs, sampled_logprobs, advantages, weights, ratio_cap):
+    """(loss, ratios) over completion tokens (N,); a token's weight holds all normalisation.
+
+    One update per batch, so REINFORCE with a truncated importance weight."""
+    ratio = (logprobs.detach() - sampled_logprobs).exp()
+    return -(weights * ratio.clamp(max=ratio_cap) * advantages * logprobs).sum(), ratio
+
+
+class Sequence(NamedTuple):
+    """What an update needs of a completion."""
+    prompt: list        # tokens
+    completion: list    # tokens
+    logprobs: list      # of the completion's tokens, from the sampler
+    advantage: float
+    weight: float       # of each of its tokens in the loss
+
+
+def make_sequences(prompts, completions, advantages_PG):
+    """Sequences whose weights make the loss a mean over each group's tokens, then over prompts."""
+    group_tokens = [0] * len(prompts)
+    for c in completions:
+        group_tokens[c.prompt] += len(c.tokens)
+    return [Sequence(prompts[c.prompt], c.tokens, c.logprobs,
+                     advantages_PG[c.prompt, c.sample].item(),
+                     1 / (len(prompts) * group_tokens[c.prompt])) for c in completions]
+
+
+def make_packs(sizes, world, micro_tokens):
+    """Sequences dealt into packs of about micro_tokens, the same number for each rank: a list
+    of lists of places, of which rank r takes every world-th from the r-th."""
+    rounds = max(1, math.ceil(sum(sizes) / (world * micro_tokens)))
+    packs, loads = [[] for _ in range(world * rounds)], [0] * (world * rounds)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        lightest = loads.index(min(loads))
+        packs[lightest].append(place)
+        loads[lightest] += sizes[place]
+    return packs
+
+
+def pack_tensors(sequences, device):
+    """One forward pass's tokens, cu_seqlens and targets, and per target: sampled log-probs,
+    advantages, weights. The last token of a sequence predicts nothing and is left out."""
+    empty = [Sequence([0], [0], [0.0], 0.0, 0.0)]  # a rank without work takes part all the same
+    tokens, targets, cu_seqlens, per_token = [], [], [0], []
+    for s in sequences or empty:
+        tokens += (s.prompt + s.completion)[:-1]
+        targets += [-1] * (len(s.prompt) - 1) + s.completion
+        cu_seqlens.append(len(tokens))
+        per_token += [(logprob, s.advantage, s.weight) for logprob in s.logprobs]
+    return (torch.tensor(tokens, device=device),
+            torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
+            torch.tensor(targets, device=device),
+            torch.tensor(per_token, device=device).T)
+
+
+def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, ratio_cap):
+    """Backward over this rank's packs; (entropies, ratios) of its completion tokens."""
+    packs = make_packs([len(s.prompt) + len(s.completion) for s in sequences], ranks.world,
+                       micro_tokens)
+    entropies, ratios = [], []
+    for pack in packs[ranks.rank::ranks.world]:
+        tokens, cu_seqlens, targets, (sampled, advantages, weights) = pack_tensors(
+            [sequences[place] for place in pack], ranks.device)
+        logprobs, entropy = model(tokens, cu_seqlens, targets=targets, temperature=temperature)
+        is_target = targets >= 0
+        loss, ratio = policy_loss(logprobs[is_target], sampled, advantages, weights, ratio_cap)
+        (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
+        if pack:
+            entropies.append(entropy.detach()[is_target])
+            ratios.append(ratio)
+    return [torch.cat(x).tolist() if x else [] for x in (entropies, ratios)]
+
+
+# ---------------------------------------------------------------- what a step reports
+
+def reward_table(scored, num_samples):
+    """{component: (P, G) tensor} of scored completions in order."""
+    return {name: torch.tensor([rewards[name] for rewards in scored]).view(-1, num_samples)
+            for name in COMPONENTS}
+
+
+def mean_of(scored, key):
+    values = [rewards[key] for rewards in scored if not math.isnan(rewards[key])]
+    return sum(values) / max(1, len(values))
+
+
+def spearman(x, y):
+    """Rank correlation, ties sharing their mean rank; 0 when one of them is constant."""
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2
+             for v in (np.asarray(x, float), np.asarray(y, float))]
+    a, b = (r - r.mean() for r in ranks)
+    norm = math.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm else 0.0
+
+
+def step_row(step, completions, scored, rewards, entropies, ratios):
+    """The log row of update `step`, but for the times and the gradient."""
+    row = {"step": step}
+    row |= {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
+    ratios = np.array(ratios)
+    row |= {"words": mean_of(scored, "words"),
+            "tokens": sum(len(c.tokens) for c in completions) / len(completions),
+            "truncated": sum(c.finish == "length" for c in completions) / len(completions),
+            "repetition": mean_of(scored, "repetition"),
+            "entropy": sum(entropies) / len(entropies),
+            "ratio/mean": float(ratios.mean()), "ratio/p99": float(np.quantile(ratios, 0.99)),
+            "ratio/outside": float(((ratios < 0.9) | (ratios > 1.1)).mean())}
+    return row | {f"zero_std/{name}": (rewards[name].std(1, correction=0) == 0).float().mean()
+                  .item() for name in COMPONENTS}
+
+
+def eval_row(scored, rows):
+    asked = [sum(rows[rewards["place"][0]]["length"]) / 2 for rewards in scored]
+    return ({f"eval/{name}": mean_of(scored, name) for name in COMPONENTS}
+            | {"eval/spearman": spearman(asked, [rewards["words"] for rewards in scored])})
+
+
+def save_samples(folder, step, completions, scored, rows):
+    """samples/step-NNNNNN.jsonl: every evaluated completion with its rewards."""
+    path = folder / "samples" / f"step-{step:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for c, rewards in zip(completions, scored):
+        row = rows[c.prompt]
+        lines.append({"index": row["id"], "sample": c.sample, "response": rewards["answer"],
+                      "completion": rewards["completion"], "prompt": row["prompt"],
+                      "length": row["length"], "finish": c.finish, "rewards": {
+                          key: rewards[key] for key in (*COMPONENTS, "repetition", "words")}})
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def show_result(folder, width=100):
+    """A table before and after, and three completions of held-out prompts side by side."""
+    logged = [row for row in read_done(folder / "log.jsonl") if "eval/length" in row]
+    files = sorted((folder / "samples").glob("step-*.jsonl"))
+    samples = [{(row["index"], row["sample"]): row for row in read_done(file)}
+               for file in (files[0], files[-1])]
+    print(f"\n{'held-out prompts':<22}{'step ' + str(logged[0]['step']):>12}"
+          f"{'step ' + str(logged[-1]['step']):>12}")
+    for key in [key for key in logged[0] if key.startswith("eval/")]:
+        print(f"{key:<22}{logged[0][key]:>12.3f}{logged[-1][key]:>12.3f}")
+    for key in ("words", "repetition"):
+        means = [sum(row["rewards"][key] for row in part.values()) / len(part) for part in samples]
+        print(f"{key:<22}{means[0]:>12.3f}{means[1]:>12.3f}")
+    column = width // 2 - 2
+    first = [key for key in samples[0] if key[1] == 0 and key in samples[1]]
+    for key in first[::max(1, len(first) // 3)][:3]:
+        before, after = samples[0][key], samples[1][key]
+        print(f"\n{before['prompt']}")
+        texts = ["{words} words, length {length:.2f}, format {format:.2f}, writing {writing:.2f}"
+                 .format(**row["rewards"]) + "\n\n" + row["completion"].strip()
+                 for row in (before, after)]
+        wrapped = [[line for part in text.split("\n") for line in textwrap.wrap(part, column)]
+                   for text in texts]
+        for left, right in zip(*(w + [""] * (max(map(len, wrapped)) - len(w)) for w in wrapped)):
+            print(f"{left:<{column}} | {right}")
+
+
+# ---------------------------------------------------------------- the loop
+
+def alarm(counts, row, dead_groups):
+    """Count steps in a row that went wrong, in place; the reason to stop, or ""."""
+    wrong = {"most samples are truncated": (row["truncated"] > 0.5, ALARM_STEPS),
+             "most groups have equal rewards": (dead_groups > 0.5, ALARM_STEPS),
+             "the gradient is not finite": (not math.isfinite(row["grad_norm"]), MAX_BAD_STEPS)}
+    for reason, (is_wrong, limit) in wrong.items():
+        counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
+        if counts[reason] >= limit:
+            return f"{reason}, {limit} steps in a row"
+    return ""
+
+
+class Trainer:
+    """What the loop's two verbs, evaluate and update, need: models, prompts, the run."""
+
+    def __init__(self, config, ranks):
+        self.config, self.ranks = config, ranks
+        self.tokenizer = load_tokenizer(config["model"])
+        self.model = load_for_training(config["model"], ranks)
+        self.model.num_tokens = min(self.model.num_tokens, len(self.tokenizer))
+        self.sampler = self.model  # one copy of the weights serves both on one CPU process
+        if ranks.world > 1 or ranks.device.type == "cuda":
+            self.sampler = load_for_sampling(config["model"], ranks)
+            self.sampler.num_tokens = self.model.num_tokens
+        self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)
+        self.judge = WritingModel(config["reward_model"], ranks) if config["reward_model"] else None
+        self.rows, self.prompts = self.load_prompts("prompts")
+        self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
+        self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
+        self.run = Run(config, ranks)
+        self.bar = tqdm(total=config["steps"], initial=self.run.step, unit="step",
+                        disable=ranks.rank > 0)
+
+    def load_prompts(self, key):
+        """(rows, their tokens) of the file under this key."""
+        config = self.config
+        rows = drop_unreachable(load_requests(config[key], config["columns"]), self.tokenizer,
+                                config["max_tokens"], self.ranks.rank == 0)
+        if not rows:
+            raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
+                             f"{config['max_tokens']}, found none")
+        return rows, encode_prompts(self.tokenizer, config["template"], rows,
+                                    self.model.config["max_position_embeddings"],
+                                    config["max_tokens"])
+
+    def roll_out(self, rows, prompts, num_samples, step, **sampling):
+        """(completions, their scores), or None when a rank has to stop."""
+        config = self.config
+        if self.sampler is not self.model:
+            copy_weights(self.model, self.sampler)
+        completions = roll_out(self.sampler, prompts, rows, self.stops, self.ranks, self.run,
+                               self.bar, num_samples, config["slots"], seed=config["seed"],
+                               max_tokens=config["max_tokens"], step=step, **sampling)
+        return completions and (completions, score(
+            completions, rows, self.tokenizer, self.judge, self.ranks, config["template"],
+            config["length_max"]))
+
+    def evaluate(self, step):
+        """eval/* on held-out prompts at temperature 1 with the same noise each time; the samples
+        are saved. None when a rank has to stop."""
+        found = self.roll_out(self.eval_rows, self.eval_prompts, EVAL_SAMPLES, 0)
+        if found is None:
+            return None
+        if self.run.is_main:
+            save_samples(self.run.folder, step, *found, self.eval_rows)
+        return eval_row(found[1], self.eval_rows)
+
+    def update(self, step):
+        """One step: the log row, or None when a rank has to stop before it."""
+        config, start = self.config, time.perf_counter()
+        places = choose_prompts(len(self.rows), config["num_prompts"], step, config["seed"])
+        rows, prompts = ([part[place] for place in places] for part in (self.rows, self.prompts))
+        found = self.roll_out(rows, prompts, config["num_samples"], step, **{
+            key: config[key] for key in ("temperature", "top_p", "top_k")})
+        if found is None:
+            return None
+        completions, scored = found
+        rewards = reward_table(scored, config["num_samples"])
+        advantages = average_advantages(rewards)
+        sampled = time.perf_counter()
+        entropies, ratios = accumulate_gradient(
+            self.model, make_sequences(prompts, completions, advantages), self.ranks,
+            config["micro_tokens"], config["temperature"], config["ratio_cap"])
+        lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
+                           config["schedule"])
+        norm = apply_gradient(self.model, self.optimizer, lr, config["clip"])
+        done = time.perf_counter()
+        row = step_row(step, completions, scored, rewards, self.ranks.gather(entropies),
+                       self.ranks.gather(ratios))
+        row |= {"grad_norm": norm, "lr": lr, "seconds/sample": sampled - start,
+                "seconds/train": done - sampled, "tokens_per_second":
+                    sum(len(c.tokens) for c in completions) / (done - start)}
+        dead = (advantages == 0).all(1).float().mean().item()
+        self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead)
+        return row
+
+    def loop(self):
+        """Evaluate, log, save, update, until the steps are done or a rank has to stop."""
+        config, run = self.config, self.run
+        step = run.step
+        row = run.state.pop("unlogged", {"step": 0} if step == 0 else None)
+        while True:
+            if row is not None:
+                is_best, is_last = False, step == config["steps"] or bool(run.state.get("alarm"))
+                if is_last or step % config["eval_every"] == 0:
+                    found = self.evaluate(step)
+                    if found is None:
+                        run.state["unlogged"] = row
+                        break
+                    row |= found
+                    # length, format, and the odds that a text beats one of score 0
+                    quality = (row["eval/length"] + row["eval/format"]
+                               + 1 / (1 + math.exp(-row["eval/writing"])))
+                    is_best = quality > run.state.get("best", -math.inf)
+                    run.state["best"] = max(quality, run.state.get("best", -math.inf))
+                run.log(row)
+                if step and (is_best or is_last or step % config["save_every"] == 0):
+                    run.save(step, self.model, self.optimizer, is_best)
+            if step == config["steps"] or run.state.get("alarm"):
+                break
+            row = self.update(step + 1)
+            if row is None:
+                break
+            step += 1
+            self.bar.update()
+            self.bar.set_postfix_str(" ".join(f"{name} {row['reward/' + name]:.2f}"
+                                              for name in COMPONENTS)
+                                     + f" words {row['words']:.0f}")
+        if step:
+            run.save(step, self.model, self.optimizer)
+        self.bar.close()
+        return step
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv, MINIMUM | dict(
+        num_prompts=1, num_samples=2, max_tokens=1, temperature=1e-6, top_k=0, slots=1,
+        ratio_cap=1, micro_tokens=1))
+    if config["plan"]:
+        return print_plan(config)
+    trainer = Trainer(config, setup())
+    run = trainer.run
+    if run.step >= config["steps"]:
+        return print(f"{run.folder}: finished at step {run.step}")
+    run.restore(trainer.model, trainer.optimizer)
+    step = trainer.loop()
+    if run.is_main:
+        draw_curves(run.folder, PANELS)
+        if step < config["steps"]:
+            print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
+        else:
+            show_result(run.folder)
+            print(f"\nlearning curve: {run.folder}/curves.png, model: {run.folder}/latest")
+    if run.state.get("alarm"):
+        raise InputError(f"stopped: {run.state['alarm']}; best is {run.folder}/best")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,709 @@
+"""The Qwen2 network by hand: one flat forward pass for training, scoring, prefill and decode.
+
+    python model.py model=toy/policy                         # what a folder holds, bytes per GPU
+    python model.py model=Qwen/Qwen2.5-7B gpus=8 sample_tp=1 max_tokens=14000
+
+Shapes: N tokens, S sequences, H query heads, K key/value heads, D head size, C hidden size,
+L layers, V vocabulary. There is no batch dimension: a call takes one vector of tokens (N,) and
+cu_seqlens (S+1,), the running sum of the sequences' lengths, so nothing is ever padded.
+
+1. A model's config is the dict of its config.json; parameters carry the checkpoint's names, so
+   loading is strict and every folder written here opens in transformers unchanged.
+2. forward gives one of three answers: log-probs and entropies of given targets, computed in
+   chunks so that no (N, V) tensor exists; next-token logits; or the scores of a score head.
+3. Attention is flash-attn where it is installed, torch's own varlen FlashAttention on other CUDA
+   machines, and scaled_dot_product_attention on the CPU.
+"""
+import copy
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
+
+CONFIG = dict(
+    model="toy/policy",  # folder or hub name
+    gpus=1,              # GPUs that train together
+    sample_tp=1,         # GPUs that share one copy of the sampling weights
+    max_tokens=14_000,   # prompt and completion, for the size of the cache
+)
+HEAD_CHUNK = 1024  # rows of logits that exist at one time: 0.6 GB in fp32 at Qwen's vocabulary
+
+
+# ---------------------------------------------------------------- scripts: errors, config, ranks
+
+class InputError(Exception):
+    """The user's input is wrong: one line that names the file, line or key and what was found."""
+
+
+def script(main):
+    """Wrap a script's main(argv): one line on standard error and exit status 2 for bad input."""
+    @functools.wraps(main)
+    def run(argv=None):
+        had_group = dist.is_initialized()
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+            if dist.is_initialized() and not had_group:
+                dist.barrier()  # without it some ranks die at exit
+                dist.destroy_process_group()
+        except InputError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    return run
+
+
+def parse_value(key, text, default):
+    """One command-line value in the type of the default; dicts and lists are JSON."""
+    is_json = isinstance(default, (dict, list)) or text[:1] in ("{", "[")
+    try:
+        value = json.loads(text) if is_json else text
+        if isinstance(default, bool):
+            value = {"true": True, "false": False}[text.lower()]
+        elif isinstance(default, (int, float)):
+            value = type(default)(text)
+    except (ValueError, KeyError):
+        kind = "JSON" if is_json else type(default).__name__
+        raise InputError(f"{key}={text}: expected {kind}, found {text!r}") from None
+    wrong = isinstance(default, (dict, list)) and not isinstance(value, type(default))
+    if wrong or isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={text}: expected {type(default).__name__}, found {text!r}")
+    return value
+
+
+def parse_config(defaults, argv, minimum=None):
+    """defaults overridden by ["key=value", "--key=value", ...]; minimum: {key: least value}."""
+    config = copy.deepcopy(defaults)
+    for argument in argv:
+        key, equals, text = argument.lstrip("-").partition("=")
+        if key not in defaults:
+            raise InputError(f"unknown key {key!r}; known keys: {', '.join(defaults)}")
+        if not equals:
+            raise InputError(f"{key}: expected {key}=value, found no value")
+        config[key] = parse_value(key, text, defaults[key])
+    for key, least in (minimum or {}).items():
+        if config[key] < least:
+            raise InputError(f"{key}={config[key]}: expected at least {least}")
+    return config
+
+
+class Ranks(NamedTuple):
+    """This process among all: rank, world size, device, and the store where ranks meet."""
+    rank: int
+    world: int
+    device: torch.device
+    store: object
+
+    def gather(self, items):
+        """The items (a list) of all ranks in the order of ranks; collective."""
+        if self.world == 1:
+            return items
+        parts = [None] * self.world
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def any(self, name, flag):
+        """Whether any rank says so. Ranks wait at the store, however long the slowest takes, so
+        a name is used once, and a collective after it starts with all ranks there."""
+        if self.world == 1:
+            return flag
+        self.store.set(f"{name}/{self.rank}", str(int(flag)))
+        keys = [f"{name}/{rank}" for rank in range(self.world)]
+        self.store.wait(keys, timedelta(days=7))
+        return any(self.store.get(key) == b"1" for key in keys)
+
+
+def setup():
+    """Join the process group when torchrun started us, or when CUDA needs one for FSDP."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cuda:
+        torch.cuda.set_device(device)
+    elif world > 1:  # torchrun allows one thread a process unless told otherwise
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if not cuda and world == 1:
+        return Ranks(0, 1, device, dist.HashStore())  # alone, without a process group
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            store, rank, world = next(dist.rendezvous("env://"))
+        else:
+            store, rank = dist.HashStore(), 0
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world, device_id=device if cuda else None)
+    store = dist.distributed_c10d._get_default_store()
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
+
+
+def open_folder(config, ranks, may_differ=()):
+    """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
+    The same command may come again; another config is an error that names the key."""
+    path = Path(config["out"]) / "config.json"
+    if ranks.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not config["resume"]:
+                raise InputError(f"{path.parent}: expected a new folder with resume=false, "
+                                 "found a run")
+            before = json.loads(path.read_text()) if path.exists() else config
+            for key in set(config) - set(may_differ) - {"resume"}:
+                if before.get(key) != config[key]:
+                    raise InputError(f"{path}: {key} was {before.get(key)!r} and is now "
+                                     f"{config[key]!r}; resume with the same, or choose "
+                                     "another out")
+            run = {**config, "command": sys.argv, "commit": find_commit()}
+            path.write_text(json.dumps(run, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"out={config['out']}: cannot be written: "
+                             f"{error.strerror}") from None
+    ranks.any(f"open {path}", False)
+
+
+def find_commit():
+    """The commit of this code, with a + when files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+",
+           "--abbrev=12", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+# ---------------------------------------------------------------- the network
+
+def head_size(config):
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def rope_settings(config):
+    """{"rope_type", "rope_theta", ...} from either spelling: rope_parameters (transformers 5),
+    or rope_theta beside rope_scaling, whose kind may be called "type"."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def rope_frequencies(config):
+    """Rotary frequencies (D/2,) in fp32 and the factor on cos and sin (YaRN, arXiv:2309.00071)."""
+    rope, D = rope_settings(config), head_size(config)
+    base = rope["rope_theta"]
+    frequencies = 1.0 / base ** (torch.arange(0, D, 2).float() / D)
+    if rope["rope_type"] == "default":
+        return frequencies, 1.0
+    factor = rope["factor"]
+    original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+
+    def dimension(rotations):  # the dimension that turns this often over the original context
+        return D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(rope.get("beta_fast") or 32)), 0)
+    high = min(math.ceil(dimension(rope.get("beta_slow") or 1)), D - 1)
+    stretched = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = frequencies / factor * stretched + frequencies * (1 - stretched)
+    scale = rope.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return frequencies, scale
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (N, heads, D) by cos, sin (N, 1, D/2), Qwen2's half-split layout."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Span(NamedTuple):
+    """Where this call's tokens sit: made once by forward, read by every block's attention."""
+    cu_seqlens: torch.Tensor  # (S+1,) int32
+    max_len: int              # longest sequence in this call
+    lengths: torch.Tensor     # (S,) int32 keys of each cached sequence, or None: no cache read
+    mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf for SDPA over a cache, or None
+
+
+def attention(q, k, v, span):
+    """Causal attention within each sequence; q (N, H, D) -> (N, H, D).
+
+    Without span.lengths, k and v (N, K, D) are this call's own. With it, this is a decode step:
+    one query per sequence, k and v (S, cap, K, D) the caches, of which lengths[s] keys count."""
+    if span.lengths is None:
+        if flash_attn_varlen_func and q.is_cuda and q.dtype != torch.float32:
+            return flash_attn_varlen_func(q, k, v, span.cu_seqlens, span.cu_seqlens,
+                                          span.max_len, span.max_len, causal=True)
+        if q.is_cuda and q.dtype != torch.float32:
+            return torch_varlen(q, k, v, span)
+        sizes = span.cu_seqlens.diff().tolist()
+        parts = [x.transpose(0, 1).split(sizes, dim=1) for x in (q, k, v)]  # each (heads, T, D)
+        return torch.cat([
+            F.scaled_dot_product_attention(*(x[None] for x in qkv), is_causal=True,
+                                           enable_gqa=True)[0]
+            for qkv in zip(*parts)], dim=1).transpose(0, 1)
+    if flash_attn_with_kvcache and q.is_cuda and q.dtype != torch.float32:
+        return flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=span.lengths,
+                                       causal=True)[:, 0]
+    return F.scaled_dot_product_attention(
+        q[:, :, None], k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=span.mask, enable_gqa=True)[:, :, 0]
+
+
+def torch_varlen(q, k, v, span):
+    """FlashAttention inside torch; 2.11 has no grouped queries there, so keys are repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    return varlen_attn(q, k, v, span.cu_seqlens, span.cu_seqlens, span.max_len, span.max_len,
+                       window_size=(-1, 0))  # no look ahead: causal
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.D = config["hidden_size"], head_size(config)
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        self.q_proj = nn.Linear(C, heads * self.D, bias=True)
+        self.k_proj = nn.Linear(C, kv_heads * self.D, bias=True)
+        self.v_proj = nn.Linear(C, kv_heads * self.D, bias=True)
+        self.o_proj = nn.Linear(heads * self.D, C, bias=False)
+
+    def forward(self, x, cos, sin, span, layer, cache):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.D))  # (N, heads, D)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache.write(layer, k, v)
+            if span.lengths is not None:
+                k, v = cache.read(layer)
+        return self.o_proj(attention(q, k, v, span).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, ffn = config["hidden_size"], config["intermediate_size"]
+        self.gate_proj = nn.Linear(C, ffn, bias=False)
+        self.up_proj = nn.Linear(C, ffn, bias=False)
+        self.down_proj = nn.Linear(ffn, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, eps = config["hidden_size"], config["rms_norm_eps"]
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(C, eps)
+        self.post_attention_layernorm = RMSNorm(C, eps)
+
+    def forward(self, x, cos, sin, span, layer, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, span, layer, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """Log-probs of targets and entropies from hidden rows, a chunk of logits at a time."""
+
+    @staticmethod
+    def logits(x, weight, temperature):
+        logits = x @ weight.T
+        return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature):
+        ctx.save_for_backward(x, weight, targets)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        logprobs, entropies = [], []
+        for x_part, targets_part in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+            logits = ChunkedLogProbs.logits(x_part, weight, temperature)
+            total = logits.logsumexp(-1)
+            logprobs.append(logits.gather(1, targets_part[:, None])[:, 0] - total)
+            entropies.append(total - (logits.softmax(-1) * logits).sum(-1))
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropies):
+        x, weight, targets = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        for start in range(0, len(x), HEAD_CHUNK):
+            rows = slice(start, start + HEAD_CHUNK)
+            logits = ChunkedLogProbs.logits(x[rows], weight, ctx.temperature)
+            logprobs = logits.log_softmax(-1)
+            probs = logprobs.exp()
+            grad = torch.zeros_like(logits)
+            if grad_logprobs is not None:  # d logprob / d logits = onehot - probs
+                grad -= probs * grad_logprobs[rows, None]
+                grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
+            if grad_entropies is not None:  # d H / d logits = -probs (logprobs + H)
+                entropy = -(probs * logprobs).sum(-1, keepdim=True)
+                grad -= probs * (logprobs + entropy) * grad_entropies[rows, None]
+            grad = (grad / ctx.temperature).to(x.dtype)
+            grad_x[rows] = grad @ weight
+            grad_weight += grad.T @ x[rows]
+        return grad_x, grad_weight.to(weight.dtype), None, None
+
+
+class Backbone(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
+        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+
+
+class Qwen2(nn.Module):
+    """Qwen2 with a language head, or a score head where the config's architecture says so.
+
+    recompute=True recomputes each block in the backward pass instead of keeping activations."""
+
+    def __init__(self, config, recompute=False):
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.model = Backbone(config)
+        self.num_tokens = config["vocab_size"]  # rows from here on have no probability at all
+        if is_scorer(config):
+            self.score = nn.Linear(config["hidden_size"], 1, bias=False)
+        elif not config.get("tie_word_embeddings"):
+            self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
+        frequencies, self.rope_scale = rope_frequencies(config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, tokens, cu_seqlens, cache=None, targets=None, temperature=1.0):
+        """tokens (N,) and cu_seqlens (S+1,) int32 -> one of three answers:
+
+        targets (N,), -1 where there is none: log-probs and entropies (N,) of the next-token
+        distribution at this temperature, 0 where there is no target;
+        no targets: next-token logits after each sequence (S, V); a score head: scores (S,).
+        cache: sequence s goes on from what slot s of cache.slots holds; its length is the
+        caller's to advance."""
+        N, S = len(tokens), len(cu_seqlens) - 1
+        sizes = cu_seqlens.diff()
+        sequence = torch.repeat_interleave(sizes, output_size=N)  # (N,) which sequence is it of
+        positions = torch.arange(N, device=tokens.device) - cu_seqlens[sequence]
+        lengths = mask = None
+        if cache is not None:
+            positions, lengths, mask = cache.begin(sequence, positions, S)
+        span = Span(cu_seqlens, 1 if N == S else int(sizes.max()), lengths, mask)
+        angles = positions[:, None, None].float() * self.frequencies
+        x = self.model.embed_tokens(tokens)  # (N, C)
+        cos, sin = ((f(angles) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin))
+        for layer, block in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, span, layer, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, span, layer, cache)
+        if targets is None:
+            x = x[cu_seqlens[1:].long() - 1]  # (S, C) the last token of each sequence
+        x = self.model.norm(x)
+        if is_scorer(self.config):
+            return self.score(x)[:, 0].float()
+        # The head's weight is used inside the root's forward, where FSDP has gathered it.
+        head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
+        weight = head.weight[:self.num_tokens]
+        if targets is None:
+            return x @ weight.T
+        rows = (targets >= 0).nonzero()[:, 0]
+        found = ChunkedLogProbs.apply(x[rows], weight, targets[rows], temperature)
+        return tuple(y.new_zeros(N).index_copy(0, rows, y) for y in found)
+
+
+def is_scorer(config):
+    return config["architectures"][0] == "Qwen2ForSequenceClassification"
+
+
+# ---------------------------------------------------------------- sharding
+
+def shard(model, ranks):
+    """FSDP2: one group per block, the rest (with a tied head) in the root's. In place.
+
+    On CUDA parameters are fp32 masters, compute is bf16 and gradients are reduced in fp32."""
+    mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
+    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(**half if ranks.device.type == "cuda" else {})
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def full_parameters(model):
+    """(name, whole tensor) of every parameter; collective over the ranks where it is sharded."""
+    for name, parameter in model.named_parameters():
+        whole = parameter.detach()
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Copy a (sharded) model into a plain one, a parameter at a time; collective."""
+    parameters = dict(target.named_parameters())
+    for name, whole in full_parameters(source):
+        parameters[name].copy_(whole)
+
+
+# ---------------------------------------------------------------- folders
+
+def find_folder(name):
+    """A local folder, or a hub repository brought to one (local cache first)."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{name}: expected a model folder, found no config.json")
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name}: no such folder, and not a hub name like Qwen/Qwen2.5-7B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja",
+                                                            "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name}: no such folder, and the hub says: {reason}") from None
+
+
+def load_config(name):
+    """(folder, config dict) of a Qwen2 folder, checked."""
+    folder = find_folder(name)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, found an error: {error}") from None
+    architecture = (config.get("architectures") or ["none"])[0]
+    known = ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification")
+    if architecture not in known:
+        raise InputError(f"{path}: expected architecture {' or '.join(known)}, "
+                         f"found {architecture}")
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings")
+    for key in needed:
+        if not isinstance(config.get(key), (int, float)):
+            raise InputError(f"{path}: expected a number for {key}, found {config.get(key)!r}")
+    if rope_settings(config)["rope_type"] not in ("default", "yarn"):
+        raise InputError(f"{path}: expected rope type default or yarn, "
+                         f"found {rope_settings(config)['rope_type']}")
+    if config.get("use_sliding_window"):
+        raise InputError(f"{path}: expected full attention, found use_sliding_window: true")
+    return folder, config
+
+
+def load_tokenizer(name):
+    """The folder's tokenizer, by transformers; nothing of it is run as code."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(find_folder(name))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name}: expected a tokenizer, found none: {reason}") from None
+
+
+def open_tensors(folder):
+    """{tensor name: lazily read slice} of a folder's safetensors, one file or an index of many."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors = {}
+    for file in files:
+        if not (folder / file).exists():
+            raise InputError(f"{folder / file}: no such file")
+        try:
+            opened = safe_open(folder / file, framework="pt")
+        except Exception as error:  # safetensors raises its own class, made in Rust
+            raise InputError(f"{folder / file}: expected safetensors, found: {error}") from None
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}
+    return tensors
+
+
+@torch.no_grad()
+def fill(parameter, rows):
+    """Copy rows (a tensor or a lazily read slice) into a parameter, or this rank's share of it."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(rows[:])
+        return
+    local, mesh = parameter.to_local(), parameter.device_mesh
+    start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())  # FSDP's split: torch.chunk
+    if len(local):
+        local.copy_(rows[start:start + len(local)])
+
+
+def load_weights(model, folder, new=()):
+    """Fill a model strictly from a folder; names in `new` start at zero instead."""
+    tensors = open_tensors(folder)
+    parameters = dict(model.named_parameters())
+    unread = {"lm_head.weight", "score.weight"} - set(parameters)  # of tied or replaced heads
+    for name in sorted(set(tensors) - set(parameters) - unread):
+        if not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{folder}: found tensor {name}, which its config does not have")
+    for name, parameter in parameters.items():
+        expected = list(parameter.shape)
+        if name in new:
+            fill(parameter, torch.zeros(expected))
+        elif name not in tensors:
+            raise InputError(f"{folder}: expected tensor {name}, found none")
+        elif (found := list(tensors[name].get_shape())) != expected:
+            raise InputError(f"{folder}: tensor {name}: expected shape {expected}, found {found}")
+        else:
+            fill(parameter, tensors[name])
+
+
+def init_weights(model, seed):
+    """Random weights as GPT-2's: normal 0.02, what writes to the residual stream smaller."""
+    depth = (2 * model.config["num_hidden_layers"]) ** -0.5
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        std = 0.02 * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        if parameter.dim() > 1:
+            fill(parameter, torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        else:
+            fill(parameter, torch.full(parameter.shape, float("norm" in name)))
+
+
+def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recompute=False,
+               new=(), seed=None):
+    """A model from a folder; with ranks it is sharded over them, built without ever being whole.
+
+    config replaces the folder's (a score head on a language model, say) and new names the
+    parameters that the folder does not have; with a seed all weights are random."""
+    folder, found = load_config(name)
+    with torch.device("meta"):
+        model = Qwen2(config or found, recompute).to(dtype)
+    if ranks is not None:
+        shard(model, ranks)
+    model.to_empty(device=device)
+    model.frequencies = rope_frequencies(model.config)[0].to(device)
+    if seed is None:
+        load_weights(model, folder, new)
+    else:
+        init_weights(model, seed)
+    model.folder = folder
+    return model
+
+
+def load_for_training(name, ranks, **options):
+    """fp32, sharded unless this is the only process and on the CPU."""
+    is_cuda = ranks.device.type == "cuda"
+    return load_model(name, ranks.device, ranks=ranks if is_cuda or ranks.world > 1 else None,
+                      recompute=is_cuda, **options)
+
+
+def load_for_sampling(name, ranks):
+    """A plain copy: bf16 on CUDA, fp32 on the CPU."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return load_model(name, ranks.device, dtype)
+
+
+def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
+    """Write a Hugging Face folder: config, tokenizer files of where the model came from, and
+    safetensors of at most max_bytes each. Collective; rank 0 writes."""
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    folder, source = Path(folder), model.folder
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(model.config)
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).split(".")[-1]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for pattern in ("token*.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                        "added_tokens.json", "generation_config.json", "chat_template.jinja"):
+            for file in source.glob(pattern):
+                shutil.copy(file, folder / file.name)
+    shards, part, part_bytes = [], {}, 0
+    for name, whole in full_parameters(model):
+        size = whole.numel() * dtype.itemsize
+        if part and part_bytes + size > max_bytes:
+            shards.append(write_shard(part, folder, len(shards), is_writer))
+            part, part_bytes = {}, 0
+        if is_writer:
+            part[name] = whole.to("cpu", dtype).contiguous()
+        part_bytes += size
+    shards.append(write_shard(part, folder, len(shards), is_writer))
+    if is_writer:
+        name_shards(folder, shards)
+
+
+def write_shard(tensors, folder, number, is_writer):
+    if is_writer:
+        save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+    return {name: x.numel() * x.element_size() for name, x in tensors.items()}
+
+
+def name_shards(folder, shards):
+    """Rename the written parts as transformers names them, with an index if they are several."""
+    if len(shards) == 1:
+        os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, sizes in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"part-{number}.safetensors", folder / file)
+        weight_map |= {name: file for name in sizes}
+    total = sum(sum(sizes.values()) for sizes in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- the plan of a folder
+
+def count_parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Qwen2(config).parameters())
+
+
+def memory_plan(config, gpus, sample_tp, max_tokens):
+    """Bytes per GPU by kind (design: fp32 master, two moments and gradient; a bf16 sampler)."""
+    count = count_parameters(config)
+    per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] \
+        * head_size(config)  # keys and values in bf16
+    return {"parameters": count, "training bytes": 16 * count // gpus,
+            "sampler bytes": 2 * count // sample_tp,
+            "cache bytes per completion": per_token * max_tokens // sample_tp,
+            "block inputs bytes per 1,000 tokens":
+                2_000 * config["hidden_size"] * config["num_hidden_layers"]}
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv, minimum=dict(gpus=1, sample_tp=1, max_tokens=1))
+    _, model_config = load_config(config["model"])
+    print(f"{config['model']}: {model_config['architectures'][0]}")
+    plan = memory_plan(model_config, config["gpus"], config["sample_tp"], config["max_tokens"])
+    for name, value in plan.items():
+        print(f"  {name:<36} {value:>20,}")
+
+
+if __name__ == "__main__":
+    main()

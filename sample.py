@@ -1,0 +1,634 @@
+"""Prompts in, text out: rows, templates, the KV cache, and batched sampling with refill.
+
+    python sample.py prompt="Write about the baker in the harbor in 60 words."
+    python sample.py model=FOLDER prompts=rows.jsonl out=out/answers num_samples=4
+    torchrun --nproc_per_node 8 sample.py model=FOLDER prompts=rows.jsonl
+
+Shapes: R rows that decode together (slots of the cache), P prompts, T tokens of a prompt,
+K key/value heads, D head size, V vocabulary.
+
+1. A row of the batch is a slot of the cache: a sequence keeps its slot until it ends, then the
+   next one takes it. When no work is left and half the rows are idle, the rest move together,
+   so that the tail of a rollout does not pay for empty slots.
+2. A token is the arg-max of logits plus Gumbel noise, and the noise is a hash of (seed, step,
+   prompt, sample, position, token id). There is no generator state: the same text comes in any
+   order, on any number of ranks, after any resume.
+3. Log-probs are those of the very distribution sampled from: after temperature, top-k and top-p.
+4. A stop string may span tokens. The text ends with the token that completes it; nothing that
+   was not sampled is ever appended.
+"""
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import re
+import time
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from model import (InputError, head_size, load_for_sampling, load_tokenizer, open_folder,
+                   parse_config, script, setup)
+
+CONFIG = dict(
+    model="toy/policy",   # folder or hub name
+    prompt="Write about the baker in the harbor in 60 words.",  # written to the terminal
+    prompts="",           # file of prompt rows instead; their answers go to out/responses.jsonl
+    columns={},           # other names of "id", "prompt", "length": {"prompt": "query"}
+    out="out/sample",     # folder of responses.jsonl
+    resume=True,          # go on where responses.jsonl stops; false refuses a folder that exists
+    template="think",     # think, direct or chat
+    num_samples=1,        # answers a prompt
+    max_tokens=400,       # of a completion
+    temperature=0.6,      # 0 is greedy; 0.6 and top-p 0.95 as LongWriter-Zero's authors sample
+    top_p=0.95,
+    top_k=0,              # 0 is off
+    slots=64,             # sequences that decode together
+    seed=0,
+)
+STOP_STRINGS = ("</answer>", "<|user|>")
+LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
+MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
+
+
+# ---------------------------------------------------------------- rows in
+
+def read_rows(path):
+    """Yield (place, row, error) from JSONL, JSON, either gzipped, or Parquet; a row that is not
+    a JSON object comes as None with the reason."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise InputError(f"{path}: reading Parquet needs: pip install pyarrow") from None
+        for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+            yield f"{path}:{number}", row, None
+        return
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(
+        path, encoding="utf-8")
+    with opened as file:
+        if ".jsonl" not in path.suffixes and ".json" in path.suffixes:
+            lines = [json.dumps(row) for row in json.load(file)]
+        else:
+            lines = file
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = line.strip()[:40]
+            ok = isinstance(row, dict)
+            yield (f"{path}:{number}", row if ok else None,
+                   None if ok else f"expected a JSON object, found {row!r}")
+
+
+def load_rows(path, check):
+    """Rows that check(row) accepts (it returns the row to keep, or raises ValueError). Bad ones
+    are reported and skipped; more than 1% of them is an error, as is a file without rows."""
+    rows, bad = [], []
+    for number, (place, row, error) in enumerate(read_rows(path)):
+        try:
+            if error:
+                raise ValueError(error)
+            rows.append(check(row, number))
+        except ValueError as reason:
+            bad.append(f"{place}: {reason}")
+    if not rows and not bad:
+        raise InputError(f"{path}: expected rows, found none")
+    if len(bad) > 0.01 * (len(rows) + len(bad)):
+        raise InputError(f"{bad[0]} ({len(bad)} of {len(rows) + len(bad)} rows are bad; "
+                         "at most 1% may be)")
+    for line in bad:
+        print(f"skipped {line}")
+    return rows
+
+
+def prompt_row(row, number, columns):
+    """{"id", "prompt", "length"} from a row; its 0-based place stands in for an id, and a
+    conversation gives its first user turn."""
+    get = lambda key: row.get(columns.get(key, key))
+    prompt = get("prompt")
+    for turns in (row.get("messages"), row.get("conversation")):
+        if prompt is None and turns:
+            prompt = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"expected a text under {columns.get('prompt', 'prompt')!r}, "
+                         f"found columns {sorted(row)}")
+    length = get("length")
+    if length is not None:
+        if not (isinstance(length, list) and len(length) == 2
+                and all(isinstance(n, (int, float)) for n in length)):
+            raise ValueError(f"expected length [lo, hi], found {length!r}")
+        if not 0 <= length[0] <= length[1]:
+            raise ValueError(f"expected length with 0 <= lo <= hi, found {length!r}")
+    identity = get("id")
+    return {"id": number if identity is None else identity, "prompt": prompt, "length": length}
+
+
+def load_prompts(path, columns=None):
+    return load_rows(path, lambda row, number: prompt_row(row, number, columns or {}))
+
+
+# ---------------------------------------------------------------- templates
+
+TEMPLATES = {
+    "think": (
+        "Think before you write. Inside <think></think>, plan the text in depth: ask yourself "
+        "what the request wants, outline the parts and their lengths, question the outline and "
+        "review it. Then put the finished text, and nothing else, inside <answer></answer>.\n"
+        "<|user|>: {prompt} <|assistant|>:"),
+    "direct": (
+        "Write the text that is asked for, and put it, and nothing else, inside "
+        "<answer></answer>.\n<|user|>: {prompt} <|assistant|>:"),
+    "chat": ("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"),
+}
+TEMPLATES_CHINESE = {
+    "think": (
+        "先思考，再写作。请在<think></think>中深入构思：弄清要求，列出各部分及其篇幅，"
+        "反复质疑并检查提纲。然后把完成的正文放在<answer></answer>中，其中不要有别的内容。\n"
+        "<|user|>: {prompt} <|assistant|>:"),
+    "direct": (
+        "请写出所要求的正文，并把它放在<answer></answer>中，其中不要有别的内容。\n"
+        "<|user|>: {prompt} <|assistant|>:"),
+    "chat": TEMPLATES["chat"],
+}
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WIDE = HAN + r"\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af"  # written without spaces: with kana, hangul
+WORD = re.compile(rf"[{WIDE}]|[^\W_{WIDE}]+(?:['\u2019.,-][^\W_{WIDE}]+)*")
+
+
+def find_words(text):
+    """Words: one per Han, kana or hangul character, one per run of letters and digits with inner
+    apostrophes, hyphens, dots and commas; full-width and invisible disguises undone."""
+    text = unicodedata.normalize("NFKC", text)
+    return WORD.findall("".join(c for c in text if unicodedata.category(c) != "Cf"))
+
+
+def count_words(text):
+    return len(find_words(text))
+
+
+
+def apply_template(tokenizer, template, prompt):
+    """The text that the model goes on from. A checkpoint's own chat template wins over ours."""
+    if template == "chat" and tokenizer.chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                             tokenize=False, add_generation_prompt=True)
+    texts = TEMPLATES_CHINESE if re.search(f"[{HAN}]", prompt) else TEMPLATES
+    return texts[template].replace("{prompt}", prompt)
+
+
+def encode_prompts(tokenizer, template, rows, context, max_tokens):
+    """Prompt tokens of each row; an error names the row that does not fit the context."""
+    if template not in TEMPLATES:
+        raise InputError(f"template={template}: expected one of {', '.join(TEMPLATES)}")
+    prompts = [tokenizer.encode(apply_template(tokenizer, template, row["prompt"]),
+                                add_special_tokens=False) for row in rows]
+    for row, tokens in zip(rows, prompts):
+        if len(tokens) + max_tokens > context:
+            raise InputError(f"prompt {row['id']!r}: {len(tokens)} tokens and max_tokens="
+                             f"{max_tokens} are more than the model's context of {context}")
+    return prompts
+
+
+def find_answer(completion, template):
+    """The answer alone: what <answer> holds, closed or not, or "" without one; in chat, where
+    there may be no tags, the text after any thinking."""
+    completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>)$", "", completion)  # how a model ends
+    found = re.search(r"<answer>(.*?)(?:</answer>|$)", completion, re.DOTALL)
+    if found:
+        return found[1].strip()
+    if template != "chat":
+        return ""
+    return re.sub(r"<think>.*?(</think>|$)", "", completion, flags=re.DOTALL).strip()
+
+
+class Stops:
+    """Stop tokens, and stop strings that may span tokens.
+
+    may_stop (V,) marks the tokens at which the host has to look: stop tokens, and tokens that
+    hold the last character of a stop string or part of a character."""
+
+    def __init__(self, tokenizer, strings, num_tokens):
+        self.tokenizer, self.strings = tokenizer, tuple(strings)
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+        self.tokens = {token for token in ends if token is not None}
+        last = {string[-1] for string in self.strings} | {"\ufffd"}
+        pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
+        self.may_stop = torch.tensor([i in self.tokens or bool(last & set(piece))
+                                      for i, piece in enumerate(pieces)])
+        self.reach = max((len(string.encode()) for string in self.strings), default=0)
+
+    def find(self, tokens, start):
+        """Length of the completion at its first stop at or after token `start`, else 0."""
+        for end in range(start + 1, len(tokens) + 1):
+            if tokens[end - 1] in self.tokens:
+                return end
+            if self.may_stop[tokens[end - 1]]:
+                tail = self.tokenizer.decode(tokens[max(0, end - self.reach):end])
+                if any(string in tail for string in self.strings):
+                    return end
+        return 0
+
+
+# ---------------------------------------------------------------- noise and sampling
+
+def noise_key(*identity):
+    """Two int32 from (seed, step, prompt, sample); a prompt may be a number or a text."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return [int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])]
+
+
+def shift_right(x, bits):
+    return (x >> bits).bitwise_and_((1 << 32 - bits) - 1)  # int32 shifts keep the sign: mask it
+
+
+def scramble(x, key=0):
+    """A bijective hash of int32 (the multipliers are lowbias32's); arithmetic wraps."""
+    x = x ^ shift_right(x, 16)
+    x.mul_(0x7FEB352D).add_(key)
+    x.bitwise_xor_(shift_right(x, 15)).mul_(0x846CA68B - (1 << 32))
+    return x.bitwise_xor_(shift_right(x, 16))
+
+
+def gumbel_noise(keys, positions, num_tokens):
+    """Standard Gumbel noise (R, V) in fp32, a pure function of keys (R, 2) int32, positions (R,)
+    and the token id. 31 bits decide each value, finest where it is largest."""
+    rows = scramble(keys[:, 0] + positions * -1640531527, keys[:, 1])  # 2^32 / golden ratio
+    ids = torch.arange(num_tokens, dtype=torch.int32, device=keys.device) * -1640531527
+    bits = scramble(rows[:, None] + ids, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
+    uniform = bits.float().add_(0.5).mul_(2.0 ** -31).clamp_(max=1 - 2.0 ** -24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+
+
+def truncate(logits, top_p, top_k):
+    """logits (R, V) with -inf outside the top k, then outside the nucleus of mass top_p."""
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        is_out = probs.cumsum(-1) - probs >= top_p  # the mass before a token decides
+        logits = logits.masked_fill(is_out.scatter(1, order, is_out), -torch.inf)
+    return logits
+
+
+def sample_tokens(logits, keys, positions, temperature, top_p, top_k):
+    """Tokens (R,) and the log-probs (R,) that they were sampled with; greedy ones have 0."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.amax(-1) * 0  # NaN and infinity show
+    logits = truncate(logits / temperature, top_p, top_k)
+    tokens = (logits + gumbel_noise(keys, positions, logits.shape[1])).argmax(-1)
+    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+# ---------------------------------------------------------------- the cache
+
+class Cache:
+    """Keys and values of up to `slots` running sequences, each of up to `cap` tokens.
+
+    forward uses slots first..first+S-1 for its S sequences; `lengths` says what they hold."""
+
+    def __init__(self, model, slots, cap):
+        config = model.config
+        weight = model.model.norm.weight
+        shape = (config["num_hidden_layers"], slots, cap, config["num_key_value_heads"],
+                 head_size(config))
+        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                          for _ in "kv")
+        self.lengths = torch.zeros(slots, dtype=torch.int32, device=weight.device)
+        self.first, self.reach = 0, cap
+
+    def begin(self, sequence, offsets, num_sequences):
+        """Start a forward pass over tokens `offsets` past the end of slot first + sequence.
+
+        Returns their positions (N,), and for a decode step (a token each) the number of keys
+        (S,) to read and the mask (S, 1, 1, reach) that leaves the others out."""
+        self.slot = self.first + sequence
+        self.position = self.lengths[self.slot].long() + offsets
+        if len(sequence) > num_sequences:
+            return self.position, None, None
+        self.rows = slice(self.first, self.first + num_sequences)
+        lengths = self.lengths[self.rows] + 1
+        is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
+        mask = torch.zeros(is_past.shape, dtype=self.k.dtype, device=lengths.device)
+        return self.position, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
+
+    def write(self, layer, k, v):
+        """Store this call's keys and values (N, K, D)."""
+        self.k[layer, self.slot, self.position] = k
+        self.v[layer, self.slot, self.position] = v
+
+    def read(self, layer):
+        """Keys and values (S, reach, K, D) of a decode step's slots."""
+        return self.k[layer, self.rows, :self.reach], self.v[layer, self.rows, :self.reach]
+
+    def copy_prefix(self, source, target, length):
+        self.k[:, target, :length] = self.k[:, source, :length]
+        self.v[:, target, :length] = self.v[:, source, :length]
+        self.lengths[target] = length
+
+
+# ---------------------------------------------------------------- generate
+
+class Completion(NamedTuple):
+    prompt: int      # place in the list of prompts
+    sample: int      # 0-based among the prompt's samples
+    tokens: list     # everything sampled, up to and with what stopped it
+    logprobs: list   # of each token, under the distribution it was sampled from
+    finish: str      # "stop", or "length" when it was cut at max_tokens
+
+
+class Engine:
+    """The slots of one rank: admits work into free ones, decodes all, collects what has ended."""
+
+    def __init__(self, model, prompts, stops, max_tokens, slots, seed, step, sampling):
+        device = model.model.norm.weight.device
+        self.model, self.prompts, self.stops, self.sampling = model, prompts, stops, sampling
+        self.identity, self.device = (seed, step), device
+        self.limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        longest, most = max(map(len, prompts)), max(self.limits) + LOOK_EVERY
+        self.slots = max(slots, MIN_ROWS)
+        self.cache = Cache(model, self.slots, longest + most)
+        zeros = lambda *shape, dtype: torch.zeros(self.slots, *shape, dtype=dtype, device=device)
+        self.token = zeros(dtype=torch.long)         # (R,) last token, not yet in the cache
+        self.keys = zeros(2, dtype=torch.int32)      # (R, 2) of the noise
+        self.count = zeros(dtype=torch.int32)        # (R,) tokens sampled so far
+        self.is_active = zeros(dtype=torch.int32)    # (R,) idle rows repeat one place for nothing
+        self.out_tokens = zeros(most + 1, dtype=torch.long)
+        self.out_logprobs = zeros(most + 1, dtype=torch.float32)
+        self.may_stop = stops.may_stop.to(device)
+        self.cu_seqlens = torch.arange(self.slots + 1, dtype=torch.int32, device=device)
+        self.jobs = [None] * self.slots    # (prompt, sample) that runs in a slot
+        self.held = [None] * self.slots    # prompt whose keys begin a slot, running or ended
+        self.counts = [0] * self.slots     # as count, known to the host without asking
+        self.next_logits = {}              # of held prompts
+        self.has_work = True
+
+    def running(self):
+        return [slot for slot, job in enumerate(self.jobs) if job]
+
+    @torch.inference_mode()
+    def admit(self, work):
+        """Fill free slots with (prompt, sample) pairs from work, and sample their first tokens."""
+        admitted = []
+        for slot in range(self.slots):
+            job = None if self.jobs[slot] or not self.has_work else next(work, None)
+            if job:
+                self.prefill(slot, job[0])
+                self.jobs[slot] = job
+                admitted.append(slot)
+            elif not self.jobs[slot]:
+                self.has_work = False
+        if not admitted:
+            return
+        index = torch.tensor(admitted, device=self.device)
+        self.keys[index] = torch.tensor([noise_key(*self.identity, *self.jobs[slot])
+                                         for slot in admitted], dtype=torch.int32,
+                                        device=self.device)
+        logits = torch.stack([self.next_logits[self.held[slot]] for slot in admitted])
+        tokens, logprobs = sample_tokens(logits, self.keys[index], self.count[index] * 0,
+                                         **self.sampling)
+        self.token[index] = tokens
+        self.out_tokens[index, 0], self.out_logprobs[index, 0] = tokens, logprobs.float()
+        self.count[index] = self.is_active[index] = 1
+        for slot in admitted:
+            self.counts[slot] = 1
+
+    def prefill(self, slot, prompt):
+        """Bring a prompt's keys and values into a slot: computed once, copied for its group."""
+        tokens = self.prompts[prompt]
+        if prompt in self.held:
+            self.cache.copy_prefix(self.held.index(prompt), slot, len(tokens))
+        else:
+            self.cache.lengths[slot], self.cache.first = 0, slot
+            self.next_logits[prompt] = self.model(
+                torch.tensor(tokens, device=self.device),
+                torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.device),
+                cache=self.cache)[0]
+            self.cache.lengths[slot] = len(tokens)
+        old, self.held[slot] = self.held[slot], prompt
+        if old is not None and old not in self.held:
+            del self.next_logits[old]
+
+    def num_rows(self):
+        """Rows to decode: one of a few sizes, so that few CUDA graphs and shapes exist."""
+        rows = MIN_ROWS
+        while rows <= self.running()[-1]:
+            rows *= 2
+        return min(rows, self.slots)
+
+    @torch.inference_mode()
+    def decode(self, num_steps):
+        """num_steps more tokens for every running row."""
+        running, R = self.running(), self.num_rows()
+        reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
+        self.cache.first, self.cache.reach = 0, min(-(-reach // 64) * 64, self.cache.k.shape[2])
+        row = torch.arange(R, device=self.device)
+        for _ in range(num_steps):
+            logits = self.model(self.token[:R], self.cu_seqlens[:R + 1], cache=self.cache)
+            self.cache.lengths[:R] += self.is_active[:R]
+            tokens, logprobs = sample_tokens(logits, self.keys[:R], self.count[:R],
+                                             **self.sampling)
+            self.out_tokens[row, self.count[:R]] = tokens
+            self.out_logprobs[row, self.count[:R]] = logprobs.float()
+            self.token[:R] = tokens
+            self.count[:R] += self.is_active[:R]
+        for slot in running:
+            self.counts[slot] += num_steps
+
+    @torch.inference_mode()
+    def collect(self, num_steps):
+        """Free the slots that stopped within the last num_steps tokens; their Completions."""
+        window = (self.count[:, None] - 1  # one more, for the token that admit sampled
+                  - torch.arange(num_steps + 1, device=self.device)).clamp(min=0)
+        limit = torch.tensor([self.limits[job[0]] if job else 1 << 30 for job in self.jobs],
+                             device=self.device)
+        logprobs = self.out_logprobs.gather(1, window)
+        ended = self.may_stop[self.out_tokens.gather(1, window)].any(1) | (self.count >= limit)
+        ended, is_finite = torch.stack([ended, logprobs.isfinite().all(1)]).tolist()
+        done = []
+        for slot in self.running():
+            if not is_finite[slot]:
+                raise FloatingPointError(f"prompt {self.jobs[slot][0]}: the model's logits are "
+                                         "not finite")
+            if ended[slot]:
+                done += self.end(slot, num_steps)
+        return done
+
+    def end(self, slot, num_steps):
+        """[the slot's Completion], or [] if it goes on after all."""
+        prompt, sample = self.jobs[slot]
+        count = min(self.counts[slot], self.limits[prompt])
+        tokens = self.out_tokens[slot, :count].tolist()
+        length = self.stops.find(tokens, max(0, self.counts[slot] - num_steps - 1))
+        if not length and count < self.limits[prompt]:
+            return []
+        finish = "stop" if length else "length"
+        length = length or count
+        self.jobs[slot] = None
+        self.is_active[slot] = self.cache.lengths[slot] = self.count[slot] = 0
+        return [Completion(prompt, sample, tokens[:length],
+                           self.out_logprobs[slot, :length].tolist(), finish)]
+
+    @torch.inference_mode()
+    def compact(self):
+        """When no work is left, move the running sequences into the lowest slots."""
+        running = self.running()
+        if self.has_work or not running:
+            return
+        if self.num_rows() == MIN_ROWS or 2 * len(running) > self.num_rows():
+            return
+        index = torch.tensor(running, device=self.device)
+        for state in (self.token, self.keys, self.count, self.is_active, self.out_tokens,
+                      self.out_logprobs, self.cache.lengths):
+            moved = state[index]
+            state.zero_()
+            state[:len(running)] = moved
+        for part in (self.cache.k, self.cache.v):
+            part[:, :len(running), :self.cache.reach] = part[:, index, :self.cache.reach]
+        idle = [None] * (self.slots - len(running))
+        self.jobs, self.held = ([x[slot] for slot in running] + idle
+                                for x in (self.jobs, self.held))
+        self.counts = [self.counts[slot] for slot in running] + [0] * len(idle)
+
+
+def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0, top_p=1.0,
+             top_k=0, seed=0, step=0, on_look=None):
+    """Yield a Completion for each (prompt, sample) of work, as they end.
+
+    prompts: lists of tokens; work: an iterable of (place in prompts, sample number), pulled as
+    slots free up; max_tokens: of a completion, one number or one for each prompt. Noise is keyed
+    by (seed, step, prompt, sample). on_look(engine) is called every few tokens; what it raises
+    abandons the rollout. Raises FloatingPointError when logits are not finite."""
+    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    engine = Engine(model, prompts, stops, max_tokens, slots, seed, step, sampling)
+    work = iter(work)
+    while True:
+        engine.admit(work)
+        if not engine.running():
+            return
+        engine.decode(LOOK_EVERY)
+        yield from engine.collect(LOOK_EVERY)
+        engine.compact()
+        if on_look:
+            on_look(engine)
+
+
+def deal(jobs, ranks, slots, name):
+    """This rank's share of jobs: the first wave dealt evenly, the rest pulled one at a time from
+    a counter in the store, so that no rank waits while another has a queue."""
+    first = ranks.world * slots
+    yield from jobs[ranks.rank:first:ranks.world]
+    while (place := first + ranks.store.add(name, 1) - 1) < len(jobs):
+        yield jobs[place]
+
+
+# ---------------------------------------------------------------- writing from the command line
+
+def stream(model, tokenizer, stops, prompt_tokens, config):
+    """Write one completion to the terminal as it comes; return it."""
+    shown = ""
+
+    def show(tokens):
+        nonlocal shown
+        text = tokenizer.decode(tokens).rstrip("\ufffd")  # a character may be half sampled
+        print(text[len(shown):], end="", flush=True)
+        shown = text
+
+    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed")}
+    on_look = lambda engine: show(engine.out_tokens[0, :engine.counts[0]].tolist())
+    completion, = generate(model, [prompt_tokens], [(0, 0)], stops, config["max_tokens"],
+                           slots=1, on_look=on_look, **options)
+    show(completion.tokens)
+    return completion
+
+
+def append_rows(path, rows):
+    """Append JSON lines; ranks take turns."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_done(path):
+    """Rows that a file of JSON lines holds; a last line cut short by a crash is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def answer_file(model, tokenizer, stops, config, ranks):
+    """Answer every row of a file into out/responses.jsonl, from where it stops."""
+    rows = load_prompts(config["prompts"], config["columns"])
+    prompts = encode_prompts(tokenizer, config["template"], rows,
+                             model.config["max_position_embeddings"], config["max_tokens"])
+    path = Path(config["out"]) / "responses.jsonl"
+    done = {(row["index"], row.get("sample", 0)) for row in read_done(path)}
+    jobs = [(p, s) for p, row in enumerate(rows) for s in range(config["num_samples"])
+            if (row["id"], s) not in done]
+    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots")}
+    bar = tqdm(total=len(rows) * config["num_samples"], initial=len(done), unit="answer",
+               disable=ranks.rank > 0)
+    work = deal(jobs, ranks, max(config["slots"], MIN_ROWS), "sample")
+    tokens, start = 0, time.perf_counter()
+    for c in generate(model, prompts, work, stops, config["max_tokens"], **options):
+        text = tokenizer.decode(c.tokens)
+        row = {"index": rows[c.prompt]["id"], "sample": c.sample,
+               "response": find_answer(text, config["template"]), "completion": text,
+               "prompt": rows[c.prompt]["prompt"], "length": rows[c.prompt]["length"],
+               "finish": c.finish}
+        append_rows(path, [row])
+        tokens += len(c.tokens)
+        bar.update()
+        bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+    bar.close()
+    if ranks.rank == 0:
+        print(f"wrote {path}")
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv, dict(num_samples=1, max_tokens=1, temperature=0,
+                                             top_k=0, slots=1))
+    ranks = setup()
+    if config["prompts"]:
+        open_folder(config, ranks, may_differ={"slots"})
+    model = load_for_sampling(config["model"], ranks)
+    tokenizer = load_tokenizer(config["model"])
+    model.num_tokens = min(model.num_tokens, len(tokenizer))
+    stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
+    if config["prompts"]:
+        return answer_file(model, tokenizer, stops, config, ranks)
+    row = {"id": "prompt", "prompt": config["prompt"]}
+    prompt_tokens, = encode_prompts(tokenizer, config["template"], [row],
+                                    model.config["max_position_embeddings"],
+                                    config["max_tokens"])
+    if ranks.rank == 0:
+        start = time.perf_counter()
+        completion = stream(model, tokenizer, stops, prompt_tokens, config)
+        seconds = time.perf_counter() - start
+        answer = find_answer(tokenizer.decode(completion.tokens), config["template"])
+        print(f"\n[{count_words(answer)} words, {len(completion.tokens)} tokens, "
+              f"{len(completion.tokens) / seconds:.0f} tokens/s, {completion.finish}]")
+
+
+if __name__ == "__main__":
+    main()

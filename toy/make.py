@@ -1,0 +1,192 @@
+"""Remake the toy from nothing: tokenizer, prompts, base model, reward model, in minutes.
+
+    python toy/make.py                 writes toy/policy, toy/reward and the toy's rows
+    python toy/make.py out=/tmp/toy    the same, elsewhere
+
+The base model is pretrained on completions of mixed quality, as a base model's corpus is: some
+follow a plan to the requested length, most do not; many break the tags; half of the texts drift
+off topic, repeat themselves or shuffle their words. Everything good is in there, rarely at once.
+Topics (pairings of a person and a place) and word counts of the held-out prompts are in no row
+that any training sees.
+"""
+import gzip
+import json
+import math
+import random
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import grammar
+import pretrain
+import reward
+from model import parse_config, script
+from sample import TEMPLATES
+
+CONFIG = dict(
+    out="toy",             # where the toy goes
+    work="out/toy",        # where the two training runs and their rows go
+    texts=16_000,          # completions to pretrain on
+    pairs=6_000,           # preference pairs
+    steps=900,             # of pretraining
+    reward_steps=300,      # of Bradley-Terry training
+    vocab=1600,
+    seed=0,
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # Qwen's
+ARCHITECTURE = dict(
+    architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", hidden_size=128,
+    intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10_000.0, attention_dropout=0.0,
+    tie_word_embeddings=True, use_sliding_window=False, torch_dtype="float32")
+RANGE = 0.1  # a prompt's range is its count, give or take this share
+
+
+# ---------------------------------------------------------------- rows
+
+def prompt_rows(topics, counts, num_rows, rng):
+    """Prompt rows with counts spread evenly; "topic" is there for the gold score alone."""
+    rows = []
+    for number in range(num_rows):
+        topic, words = rng.choice(topics), counts[number * len(counts) // num_rows]
+        rows.append({"id": f"{words}-{number}", "prompt": grammar.request(topic, words, rng),
+                     "length": [math.ceil(words * (1 - RANGE)), int(words * (1 + RANGE))],
+                     "topic": topic})
+    rng.shuffle(rows)
+    return rows
+
+
+def spoil_text(text, topic, rng):
+    """Half of the texts stay honest; the others lose some of their sentences to a fault."""
+    fault = rng.choice(["none", "none", "none", "off_topic", "repetitive", "shuffled"])
+    share = rng.uniform(0.2, 1.0)
+    if fault == "off_topic":
+        return grammar.off_topic(text, topic, rng, share)
+    return text if fault == "none" else getattr(grammar, fault)(text, rng, share)
+
+
+def dress(think, text, rng):
+    """The completion in its tags, a third of the time with a fault in them."""
+    fault = rng.choice(["none"] * 10 + ["no think", "open think", "open answer", "no tags",
+                                        "twice"])
+    if fault == "no tags":
+        return f"\n{text}"
+    opening = {"no think": "", "open think": f"\n<think>{think}"}.get(
+        fault, f"\n<think>{think}</think>")
+    if fault == "twice":
+        opening += opening
+    return f"{opening}\n<answer>\n{text}" + "\n</answer>" * (fault != "open answer")
+
+
+def completion_row(topics, counts, rng, is_clean):
+    """{"prompt", "completion"}: a clean one plans to the requested length, keeps to it, and has
+    no fault; of the others one in four does, and any may have faults."""
+    topic, words = rng.choice(topics), rng.choice(counts)
+    is_planned = is_clean or rng.random() < 0.25
+    written = words if is_planned else round(math.exp(rng.uniform(math.log(12), math.log(260))))
+    plan = grammar.write_plan(topic, written, rng)
+    think = f"A story of {grammar.topic_name(topic)}."
+    if is_planned:
+        think = f"{words} words in {len(plan)} parts: {' '.join(plan)}."
+    text = grammar.write_text(topic, plan, rng, round(written * rng.uniform(0.95, 1.05)))
+    prompt = TEMPLATES["think"].replace("{prompt}", grammar.request(topic, words, rng))
+    completion = (f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>" if is_clean
+                  else dress(think, spoil_text(text, topic, rng), rng))
+    return {"prompt": prompt, "completion": completion}
+
+
+def pair_row(topics, counts, rng, fault=None, share=None):
+    """{"prompt", "chosen", "rejected"}: an honest text, and one of its length with a fault; now
+    and then a fault of two degrees, so that the scores in between are in order too."""
+    topic, words = rng.choice(topics), rng.choice(counts)
+    text = grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
+    fault = fault or rng.choice(["off_topic", "repetitive", "shuffled"])
+    spoil = lambda share: (grammar.off_topic(text, topic, rng, share) if fault == "off_topic"
+                           else getattr(grammar, fault)(text, rng, share))
+    chosen, rejected = text, spoil(share or rng.uniform(0.2, 1.0))
+    if share is None and rng.random() < 0.25:
+        chosen, rejected = spoil(0.3), spoil(0.9)
+    return {"prompt": grammar.request(topic, words, rng), "chosen": chosen, "rejected": rejected}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    # no time stamp in the archive: the same rows are the same bytes
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+
+
+# ---------------------------------------------------------------- tokenizer and models
+
+def make_tokenizer(folder, texts, vocab):
+    """A byte-level BPE with Qwen's pre-tokenizer (each digit alone) and special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+             r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>",
+                    pad_token="<|endoftext|>", bos_token=None, unk_token=None,
+                    model_max_length=ARCHITECTURE["max_position_embeddings"],
+                    additional_special_tokens=SPECIAL_TOKENS[1:],
+                    clean_up_tokenization_spaces=False, add_prefix_space=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return tokenizer
+
+
+def publish(run, folder):
+    """Copy a run's last checkpoint, without its state/, to the toy's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree((run / "latest").resolve(), folder, ignore=shutil.ignore_patterns("state"))
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv)
+    out, work, rng = Path(config["out"]), Path(config["work"]), random.Random(config["seed"])
+    topics, held_topics = grammar.split_topics()
+    counts, held_counts = grammar.split_counts()
+    write_rows(out / "prompts.jsonl", prompt_rows(topics, counts, 2000, rng))
+    write_rows(out / "held_out.jsonl", prompt_rows(held_topics, held_counts, 40, rng))
+    texts = [completion_row(topics, counts, rng) for _ in range(config["texts"])]
+    pairs = [pair_row(topics, counts, rng) for _ in range(config["pairs"])]
+    held_pairs = [pair_row(held_topics, held_counts, rng, fault, share)
+                  for fault in ("off_topic", "repetitive", "shuffled")
+                  for share in (0.3, 0.6, 1.0) for _ in range(50)]
+    write_rows(work / "text.jsonl", texts)
+    write_rows(work / "pairs.jsonl", pairs)
+    write_rows(out / "text.jsonl.gz", texts[:1000])   # samples, for the scripts' default runs
+    write_rows(out / "pairs.jsonl.gz", pairs[:1000])
+    write_rows(out / "held_out_pairs.jsonl.gz", held_pairs)
+
+    seed_folder = work / "random"
+    seed_folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(seed_folder, (row[key] for row in texts for key in row),
+                               config["vocab"])
+    ids = {name: tokenizer.token_to_id("<|endoftext|>") for name in ("eos_token_id", "pad_token_id")}
+    (seed_folder / "config.json").write_text(json.dumps(
+        ARCHITECTURE | ids | {"vocab_size": tokenizer.get_vocab_size()}, indent=2) + "\n")
+    (seed_folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+
+    pretrain.main([f"model={seed_folder}", "init=random", f"data={work / 'text.jsonl'}",
+                   f"out={work / 'pretrain'}", f"steps={config['steps']}", "lr=3e-3",
+                   "warmup=30", "beta2=0.99", f"seed={config['seed']}"])
+    publish(work / "pretrain", out / "policy")
+    reward.main([f"model={out / 'policy'}", f"pairs={work / 'pairs.jsonl'}",
+                 f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
+                 f"steps={config['reward_steps']}", "lr=1e-3", f"seed={config['seed']}"])
+    publish(work / "reward", out / "reward")
+
+
+if __name__ == "__main__":
+    main()
