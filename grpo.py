@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from model import (InputError, copy_weights, load_for_sampling, load_for_training,
                    load_tokenizer, parse_config, script, setup)
-from pretrain import (MINIMUM, TRAINING, Run, apply_gradient, draw_curves, learning_rate,
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
-from sample import (MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts, generate,
+from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts, generate,
                     load_rows, prompt_row, read_done)
 
 CONFIG = dict(
@@ -471,9 +471,9 @@ class Trainer:
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, MINIMUM | dict(
-        num_prompts=1, num_samples=2, max_tokens=1, temperature=1e-6, top_k=0, slots=1,
-        ratio_cap=1, micro_tokens=1))
+    config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
+        num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
+        micro_tokens=1))
     if config["plan"]:
         return print_plan(config)
     trainer = Trainer(config, setup())

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -74,25 +74,32 @@ def script(main):
 
 
 def parse_value(key, text, default):
-    """One command-line value in the type of the default; dicts and lists are JSON."""
-    is_json = isinstance(default, (dict, list)) or text[:1] in ("{", "[")
+    """One command-line value in the type of the default; dicts and lists are JSON, and a text
+    may be a JSON dict instead ({"name": "file"})."""
+    is_json = isinstance(default, (dict, list))
     try:
-        value = json.loads(text) if is_json else text
         if isinstance(default, bool):
-            value = {"true": True, "false": False}[text.lower()]
-        elif isinstance(default, (int, float)):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, (int, float)):
             value = type(default)(text)
+            if math.isfinite(value):
+                return value
+        if isinstance(default, str):
+            return json.loads(text) if text[:1] == "{" else text
+        value = json.loads(text)
+        if is_json and type(value) is type(default):
+            return value
     except (ValueError, KeyError):
-        kind = "JSON" if is_json else type(default).__name__
-        raise InputError(f"{key}={text}: expected {kind}, found {text!r}") from None
-    wrong = isinstance(default, (dict, list)) and not isinstance(value, type(default))
-    if wrong or isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{key}={text}: expected {type(default).__name__}, found {text!r}")
-    return value
+        pass
+    if isinstance(default, str):
+        return text
+    kind = f"a JSON {type(default).__name__}" if is_json else type(default).__name__
+    raise InputError(f"{key}={text}: expected {kind}, found {text!r}")
 
 
-def parse_config(defaults, argv, minimum=None):
-    """defaults overridden by ["key=value", "--key=value", ...]; minimum: {key: least value}."""
+def parse_config(defaults, argv, limits=None):
+    """defaults overridden by ["key=value", "--key=value", ...]; limits: {key: least value} or
+    {key: (least, most)}."""
     config = copy.deepcopy(defaults)
     for argument in argv:
         key, equals, text = argument.lstrip("-").partition("=")
@@ -101,9 +108,12 @@ def parse_config(defaults, argv, minimum=None):
         if not equals:
             raise InputError(f"{key}: expected {key}=value, found no value")
         config[key] = parse_value(key, text, defaults[key])
-    for key, least in (minimum or {}).items():
-        if config[key] < least:
-            raise InputError(f"{key}={config[key]}: expected at least {least}")
+    for key, limit in (limits or {}).items():
+        least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
+        if not least <= config[key] <= most:
+            raise InputError(f"{key}={config[key]}: expected {least} to {most}"
+                             if most < math.inf else
+                             f"{key}={config[key]}: expected at least {least}")
     return config
 
 
@@ -460,6 +470,8 @@ def shard(model, ranks):
 
 def full_parameters(model):
     """(name, whole tensor) of every parameter; collective over the ranks where it is sharded."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a forward pass without a backward the root is still gathered
     for name, parameter in model.named_parameters():
         whole = parameter.detach()
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
@@ -697,7 +709,7 @@ def memory_plan(config, gpus, sample_tp, max_tokens):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, minimum=dict(gpus=1, sample_tp=1, max_tokens=1))
+    config = parse_config(CONFIG, argv, limits=dict(gpus=1, sample_tp=1, max_tokens=1))
     _, model_config = load_config(config["model"])
     print(f"{config['model']}: {model_config['architectures'][0]}")
     plan = memory_plan(model_config, config["gpus"], config["sample_tp"], config["max_tokens"])

@@ -60,7 +60,7 @@ CONFIG = dict(
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan"}
-MINIMUM = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0, clip=0)
+TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0, clip=0)
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -324,7 +324,7 @@ def next_token_loss(model, documents, numbers, ranks, micro_rows, train):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, MINIMUM | dict(seq_len=2, batch_rows=1, micro_rows=1))
+    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(seq_len=2, batch_rows=1, micro_rows=1))
     if config["plan"]:
         return print_plan(config)
     ranks = setup()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from model import (InputError, load_config, load_for_sampling, load_for_training,
                    load_tokenizer, parse_config, script, setup)
-from pretrain import (MAY_DIFFER, MINIMUM, TRAINING, Run, apply_gradient, draw_curves,
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves,
                       learning_rate, make_optimizer, print_plan)
 from sample import count_words, find_answer, find_words, load_prompts, load_rows
 
@@ -280,7 +280,7 @@ def print_components(config):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, MINIMUM | dict(batch_pairs=1, micro_pairs=1, max_len=8))
+    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(batch_pairs=1, micro_pairs=1, max_len=8))
     if config["plan"]:
         print_plan(config)
     elif config["responses"]:

@@ -25,6 +25,7 @@ import os
 import re
 import time
 import unicodedata
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ CONFIG = dict(
     slots=64,             # sequences that decode together
     seed=0,
 )
+LIMITS = dict(max_tokens=1, temperature=0, top_p=(1e-6, 1), top_k=0, slots=1)
 STOP_STRINGS = ("</answer>", "<|user|>")
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
@@ -58,46 +60,47 @@ MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with t
 # ---------------------------------------------------------------- rows in
 
 def read_rows(path):
-    """Yield (place, row, error) from JSONL, JSON, either gzipped, or Parquet; a row that is not
-    a JSON object comes as None with the reason."""
+    """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet; a line that is not JSON
+    comes as its text."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".parquet":
         try:
-            import pyarrow.parquet as parquet
+            from pyarrow import parquet
         except ImportError:
             raise InputError(f"{path}: reading Parquet needs: pip install pyarrow") from None
-        for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
-            yield f"{path}:{number}", row, None
+        rows = parquet.read_table(path).to_pylist()
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
         return
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(
-        path, encoding="utf-8")
-    with opened as file:
-        if ".jsonl" not in path.suffixes and ".json" in path.suffixes:
-            lines = [json.dumps(row) for row in json.load(file)]
-        else:
-            lines = file
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        if ".json" in path.suffixes:
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ValueError(f"found {type(rows).__name__}")
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+            return
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
+        raise InputError(f"{path}: expected {kind}: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
             try:
-                row = json.loads(line)
+                yield f"{path}:{number}", json.loads(line)
             except ValueError:
-                row = line.strip()[:40]
-            ok = isinstance(row, dict)
-            yield (f"{path}:{number}", row if ok else None,
-                   None if ok else f"expected a JSON object, found {row!r}")
+                yield f"{path}:{number}", line.strip()[:40]
 
 
 def load_rows(path, check):
     """Rows that check(row) accepts (it returns the row to keep, or raises ValueError). Bad ones
     are reported and skipped; more than 1% of them is an error, as is a file without rows."""
     rows, bad = [], []
-    for number, (place, row, error) in enumerate(read_rows(path)):
+    for number, (place, row) in enumerate(read_rows(path)):
         try:
-            if error:
-                raise ValueError(error)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, found {row!r}")
             rows.append(check(row, number))
         except ValueError as reason:
             bad.append(f"{place}: {reason}")
@@ -117,8 +120,9 @@ def prompt_row(row, number, columns):
     get = lambda key: row.get(columns.get(key, key))
     prompt = get("prompt")
     for turns in (row.get("messages"), row.get("conversation")):
-        if prompt is None and turns:
-            prompt = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
+        if prompt is None and isinstance(turns, list):
+            prompt = next((turn.get("content") for turn in turns
+                           if isinstance(turn, dict) and turn.get("role") == "user"), None)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"expected a text under {columns.get('prompt', 'prompt')!r}, "
                          f"found columns {sorted(row)}")
@@ -168,6 +172,7 @@ WORD = re.compile(rf"[{WIDE}]|[^\W_{WIDE}]+(?:['\u2019.,-][^\W_{WIDE}]+)*")
 def find_words(text):
     """Words: one per Han, kana or hangul character, one per run of letters and digits with inner
     apostrophes, hyphens, dots and commas; full-width and invisible disguises undone."""
+    text = re.sub("[\uff0c\uff0e]", " ", text)  # a comma between Chinese words joins nothing
     text = unicodedata.normalize("NFKC", text)
     return WORD.findall("".join(c for c in text if unicodedata.category(c) != "Cf"))
 
@@ -202,7 +207,7 @@ def encode_prompts(tokenizer, template, rows, context, max_tokens):
 def find_answer(completion, template):
     """The answer alone: what <answer> holds, closed or not, or "" without one; in chat, where
     there may be no tags, the text after any thinking."""
-    completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>)$", "", completion)  # how a model ends
+    completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>|<\|user\|>)\s*$", "", completion)
     found = re.search(r"<answer>(.*?)(?:</answer>|$)", completion, re.DOTALL)
     if found:
         return found[1].strip()
@@ -550,7 +555,11 @@ def stream(model, tokenizer, stops, prompt_tokens, config):
         shown = text
 
     options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed")}
-    on_look = lambda engine: show(engine.out_tokens[0, :engine.counts[0]].tolist())
+
+    def on_look(engine):
+        if engine.jobs[0]:
+            show(engine.out_tokens[0, :engine.counts[0]].tolist())
+
     completion, = generate(model, [prompt_tokens], [(0, 0)], stops, config["max_tokens"],
                            slots=1, on_look=on_look, **options)
     show(completion.tokens)
@@ -606,8 +615,7 @@ def answer_file(model, tokenizer, stops, config, ranks):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, dict(num_samples=1, max_tokens=1, temperature=0,
-                                             top_k=0, slots=1))
+    config = parse_config(CONFIG, argv, LIMITS | dict(num_samples=1))
     ranks = setup()
     if config["prompts"]:
         open_folder(config, ranks, may_differ={"slots"})

@@ -386,7 +386,7 @@ DEFAULTS = dict(steps=10, lr=0.1, resume=True, out="out", columns={})
 def test_a_wrong_argument_is_one_line_that_says_what_there_is(argument, words):
     """A typo that trains for a day with the default."""
     with pytest.raises(InputError) as error:
-        parse_config(DEFAULTS, [argument], minimum=dict(steps=1))
+        parse_config(DEFAULTS, [argument], limits=dict(steps=1))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
 
@@ -409,9 +409,28 @@ def use_shards(ranks, folder, out, sequences):
     save_folder(ours, out, torch.float32, max_bytes=20_000)
     loss = sum(part.sum() for part in score(ours, sequences[ranks.rank::ranks.world]))
     (loss * ranks.world).backward()  # FSDP averages over ranks
-    return dict(logprobs=[x.detach() for x in score(ours, sequences)],
-                whole=dict(full_parameters(ours)), copied=dict(full_parameters(plain)),
-                gradient={name: x.grad.full_tensor() for name, x in ours.named_parameters()})
+    return dict(whole=dict(full_parameters(ours)), copied=dict(full_parameters(plain)),
+                gradient={name: x.grad.full_tensor() for name, x in ours.named_parameters()},
+                logprobs=[x.detach() for x in score(ours, sequences)])
+
+
+def use_half_shards(ranks, folder):
+    """fp32 masters with bf16 compute, as on CUDA: whole parameters after an evaluation."""
+    half = network.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(network, "MixedPrecisionPolicy", lambda **_: half)
+        ours = load_model(folder, ranks.device, ranks=ranks)
+        score(ours, [[1, 2, 3]])
+    return {name: x.clone() for name, x in full_parameters(ours)}
+
+
+def test_whole_parameters_are_the_masters_after_an_evaluation(tmp_path, run_on_ranks):
+    """FAILS: FSDP keeps the root gathered, in bf16, after a forward pass without a backward, and
+    full_parameters takes that: what is saved after an evaluation has lost 16 bits."""
+    make_model(tmp_path)
+    expected = dict(load_model(str(tmp_path), "cpu").named_parameters())
+    for whole in run_on_ranks(2, use_half_shards, str(tmp_path)):
+        assert [name for name, x in whole.items() if not torch.equal(x, expected[name])] == []
 
 
 @pytest.mark.parametrize("world, tied", [(2, True), (4, False)])
@@ -518,9 +537,10 @@ def test_the_text_does_not_depend_on_slots_or_order(policy):
 def test_the_text_does_not_depend_on_order_in_float32(policy):
     """A number of rows that follows the work: matrix products differ in the last bit."""
     ours, prompts, stops = load_policy(policy, torch.float32)
-    results = [collect(generate(ours, prompts, jobs, stops, CAPS, slots=16))
+    results = [{(c.prompt, c.sample): c.tokens
+                for c in generate(ours, prompts, jobs, stops, CAPS, slots=16)}
                for jobs in (ALL_WORK, ALL_WORK[::-1], ALL_WORK[1::2] + ALL_WORK[::2])]
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2]  # log-probs may differ in the last bit
 
 
 def generate_share(ranks, folder):
@@ -652,7 +672,7 @@ def test_rows_come_from_every_kind_of_file(tmp_path):
     ("{", "JSON object"), ("[1]", "JSON object"), ({"text": "x"}, "'prompt'"),
     ({"prompt": " "}, "'prompt'"), ({"prompt": 3}, "'prompt'"),
     ({"prompt": "x", "length": [9, 5]}, "lo <= hi"), ({"prompt": "x", "length": 9}, "[lo, hi]"),
-    # FAILS: KeyError and TypeError out of prompt_row instead of a bad row
+
     ({"messages": [{"from": "human", "value": "x"}]}, "'prompt'"), ({"messages": "x"}, "'prompt'")])
 def test_a_bad_row_is_named_with_file_and_line(bad, words, tmp_path, capsys):
     """One bad row in 200 that stops a night's run, or bad rows that vanish without a word."""
@@ -667,7 +687,7 @@ def test_a_bad_row_is_named_with_file_and_line(bad, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content", [
     ("none.jsonl", None), ("empty.jsonl", b"\n"),
-    # FAILS: a traceback of json, gzip or the decoder
+
     ("broken.json", b'[{"prompt": '), ("number.json", b"3"), ("text.jsonl.gz", b"text"),
     ("latin.jsonl", b'{"prompt": "\xe9"}\n')])
 def test_a_file_that_cannot_be_read_is_one_line(name, content, tmp_path):
@@ -708,7 +728,6 @@ def test_a_prompt_that_does_not_fit_the_context_is_named(policy):
     ("カタ한국", list("カタ한국")), ("ｆｕｌｌ　ｗｉｄｔｈ", ["full", "width"]),
     ("in\u200bvis\u00adible \u2060", ["invisible"]), ("snake_case — a--b", ["snake", "case", "a", "b"]),
     ("Élan cafe\u0301", ["Élan", "café"]),
-    # FAILS: the full-width comma becomes an inner one, and "Python，Java，Go" one word
     ("学Python，Java，Go。", ["学", "Python", "Java", "Go"])])
 def test_words_are_counted_as_people_count_them(text, words):
     """A length reward that invisible or full-width characters, or a language, can cheat."""
@@ -722,7 +741,6 @@ def test_words_are_counted_as_people_count_them(text, words):
     ("<answer>a</answer><answer>b</answer>", "think", "a"), ("no tags<|im_end|>", "chat", "no tags"),
     ("<think>a</think> b", "chat", "b"), ("<think>a", "chat", ""),
     ("<think>a</think><answer>b</answer>", "chat", "b"),
-    # FAILS: the stop string <|user|> stays in an unclosed answer
     ("<answer>b\n<|user|>", "think", "b")])
 def test_the_answer_alone_is_found(completion, template, answer):
     """Thinking, tags or an end token that are scored as if they were the text."""
@@ -774,7 +792,7 @@ def test_the_command_writes_responses_and_resumes(command, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["model=/nowhere"], "/nowhere"), (["prompts=nowhere.jsonl"], "nowhere.jsonl"),
     (["max_tokens=0"], "max_tokens"), (["temperature=-1"], "temperature"), (["top_p=2"], "top_p"),
-    (["top_p=0"], "top_p")])  # FAILS: top_p has no bounds; 0 ends in FloatingPointError
+    (["top_p=0"], "top_p")])
 def test_wrong_input_is_one_line_and_status_2(arguments, words, command):
     """A traceback, or a default used silently, for what the user typed wrong."""
     status, _, error = command(*arguments)
@@ -782,7 +800,7 @@ def test_wrong_input_is_one_line_and_status_2(arguments, words, command):
 
 
 def test_the_terminal_shows_the_completion_and_nothing_more(command, policy):
-    """FAILS: up to 8 tokens decoded past the end are printed: engine.counts stays as it was."""
-    status, out, _ = command("prompt=[Hi] there", "max_tokens=3", "temperature=0")  # FAILS too
+    """Tokens decoded past the end of the completion, up to a look's worth, that are printed."""
+    status, out, _ = command("prompt=[Hi] there", "max_tokens=3", "temperature=0")
     tokenizer = load_tokenizer(policy)
     assert status == 0 and len(tokenizer.encode(out.split("\n[")[0])) <= 3
