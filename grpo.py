@@ -292,6 +292,11 @@ def eval_row(scored, rows):
             | {"eval/spearman": spearman(asked, [rewards["words"] for rewards in scored])})
 
 
+def quality(row):
+    """What `best` goes by: eval length, format, and the odds to beat a text of score 0."""
+    return row["eval/length"] + row["eval/format"] + 1 / (1 + math.exp(-row["eval/writing"]))
+
+
 def save_samples(folder, step, completions, scored, rows):
     """samples/step-NNNNNN.jsonl: every evaluated completion with its rewards."""
     path = folder / "samples" / f"step-{step:06d}.jsonl"
@@ -445,11 +450,9 @@ class Trainer:
                         run.state["unlogged"] = row
                         break
                     row |= found
-                    # length, format, and the odds that a text beats one of score 0
-                    quality = (row["eval/length"] + row["eval/format"]
-                               + 1 / (1 + math.exp(-row["eval/writing"])))
-                    is_best = quality > run.state.get("best", -math.inf)
-                    run.state["best"] = max(quality, run.state.get("best", -math.inf))
+                    is_best = step > 0 and quality(row) > run.state.get("best", -math.inf)
+                    if is_best:
+                        run.state["best"] = quality(row)
                 run.log(row)
                 if step and (is_best or is_last or step % config["save_every"] == 0):
                     run.save(step, self.model, self.optimizer, is_best)

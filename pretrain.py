@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,7 @@ class Run:
     """A run's folder: where its log and checkpoints go, where it resumes, when it has to stop."""
 
     def __init__(self, config, ranks):
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, alone: intended
         self.config, self.ranks, self.folder = config, ranks, Path(config["out"])
         self.is_main = ranks.rank == 0
         open_folder(config, ranks, MAY_DIFFER)
@@ -151,8 +153,7 @@ class Run:
         """Load the fp32 weights and moments that the run goes on from; collective."""
         if self.checkpoint is None:
             return
-        weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments}
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
         dcp.load(state, checkpoint_id=self.checkpoint / "state", no_dist=self.ranks.world == 1)
         set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
@@ -170,9 +171,8 @@ class Run:
             default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
             dtype = getattr(torch, self.config["save_dtype"] or default)
             save_folder(model, aside, dtype)
-            weights, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside / "state",
-                     no_dist=self.ranks.world == 1)
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+            dcp.save(state, checkpoint_id=aside / "state", no_dist=self.ranks.world == 1)
         if self.is_main:
             if aside.exists():
                 self.state["step"] = step

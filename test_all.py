@@ -11,9 +11,13 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
+import shutil
+import signal
 import socket
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +26,10 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
+import grpo
 import model as network
+import pretrain
+import reward
 import sample
 from model import (ChunkedLogProbs, InputError, Span, copy_weights, full_parameters, load_model,
                    load_tokenizer, parse_config, save_folder)
@@ -32,6 +39,7 @@ from sample import (Stops, apply_template, count_words, encode_prompts, find_ans
 SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=50, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
              initializer_range=0.2, tie_word_embeddings=True)
+ALONE = network.Ranks(0, 1, torch.device("cpu"), dist.HashStore())
 YARN = dict(factor=4.0, original_max_position_embeddings=16)
 
 
@@ -425,8 +433,8 @@ def use_half_shards(ranks, folder):
 
 
 def test_whole_parameters_are_the_masters_after_an_evaluation(tmp_path, run_on_ranks):
-    """FAILS: FSDP keeps the root gathered, in bf16, after a forward pass without a backward, and
-    full_parameters takes that: what is saved after an evaluation has lost 16 bits."""
+    """FSDP keeps the root gathered, in bf16, after a forward pass without a backward, and
+    full_parameters that took that: what is saved after an evaluation has lost 16 bits."""
     make_model(tmp_path)
     expected = dict(load_model(str(tmp_path), "cpu").named_parameters())
     for whole in run_on_ranks(2, use_half_shards, str(tmp_path)):
@@ -804,3 +812,514 @@ def test_the_terminal_shows_the_completion_and_nothing_more(command, policy):
     status, out, _ = command("prompt=[Hi] there", "max_tokens=3", "temperature=0")
     tokenizer = load_tokenizer(policy)
     assert status == 0 and len(tokenizer.encode(out.split("\n[")[0])) <= 3
+
+
+# ---------------------------------------------------------------- reward: length and format
+
+@pytest.mark.parametrize("words, lo, hi, expected", [
+    (100, 90, 110, 1), (90, 90, 110, 1), (110, 90, 110, 1), (45, 90, 110, 0.5), (0, 90, 110, 0),
+    (165, 90, 110, 0.5), (220, 90, 110, 0), (5000, 90, 110, 0), (0, 0, 10, 1), (15, 0, 10, 0.5),
+    (7, 7, 7, 1), (0, 0, 0, 1)])
+def test_the_length_reward_is_the_papers_piecewise_form(words, lo, hi, expected):
+    """A corner that divides by zero, a reward below 0, or one that pays for running on."""
+    assert reward.length_reward(words, lo, hi, 2.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("completion, is_right", [
+    ("<think>a</think><answer>b</answer>", True),
+    ("\n<think>a</think>\n\n<answer>\nb\n</answer>\n<|endoftext|>", True),
+    ("<answer>b</answer>", False), ("<think>a</think>b", False), ("", False),
+    ("<think>a</think><answer>b", False), ("<think>a<answer>b</answer>", False),
+    ("<think>a</think><think>a</think><answer>b</answer>", False),
+    ("<think>a</think><answer>b</answer><answer>c</answer>", False),
+    ("<think>a</think><answer>b</answer> and more", False),
+    ("x<think></think><answer></answer>", False),
+    ("<think>a</think>so<answer>b</answer>", False), ("<answer>b</answer><think>a</think>", False),
+    ("<think>a</think><answer><think>b</think></answer>", False),
+    ("<think>a</think><answer>b<Answer>c</answer>", False),
+    ("<think>a< / think ></think><answer>b</answer>", False)])
+def test_the_format_is_one_think_then_one_answer(completion, is_right):
+    """Tag games: nested, repeated, re-opened, unclosed, in upper case, or split by spaces."""
+    assert reward.has_format(completion) == is_right
+    if completion.startswith("<think>a</think><answer>"):
+        assert reward.has_format(completion[16:], "direct") == is_right
+
+
+def test_copied_share_equals_a_quadratic_count():
+    """A set of spans that marks the first occurrence too, or misses overlapping copies."""
+    rng = random.Random(0)
+    for _ in range(60):
+        words = [rng.choice("abcd") for _ in range(rng.randrange(60))]
+        start = rng.randrange(len(words) + 1)
+        words += words[start:start + 20]
+        copied = {place + i for place in range(len(words)) for earlier in range(place)
+                  for i in range(5) if place + 5 <= len(words)
+                  and words[place:place + 5] == words[earlier:earlier + 5]}
+        assert reward.copied_share(" ".join(words), 5) == len(copied) / max(1, len(words))
+    honest = " ".join(f"w{n}" for n in range(100))
+    assert reward.repetition_penalty(honest) == 0 and reward.repetition_penalty("") == 0
+    assert reward.repetition_penalty(honest + " " + honest) == 1
+    assert reward.copied_share((honest + " ") * 2) == reward.copied_share(
+        honest + " " + honest.upper().replace("W", "\u200bW"))
+
+
+def test_answers_that_are_missing_cut_or_unclosed_have_rewards():
+    """A sample without an answer that raises, or one cut at the cap that counts as well formed."""
+    right = "<think>a</think><answer>" + "word " * 10 + "</answer>"
+    found = reward.rule_rewards(right, [9, 11])
+    assert (found["length"], found["format"], found["words"]) == (1, 1, 10)
+    assert reward.rule_rewards(right, [9, 11], is_truncated=True)["format"] == 0
+    unclosed = reward.rule_rewards(right[:-9], [9, 11])
+    assert (unclosed["length"], unclosed["format"]) == (1, 0)
+    for text in ("", "<think>a", "<think>a</think><answer></answer>", "<answer>"):
+        nothing = reward.rule_rewards(text, [0, 11])
+        assert (nothing["length"], nothing["format"], nothing["words"]) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- reward: the reward model
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    return write_lines(path, [{"prompt": f"Say {n}", "chosen": "good " * (n % 7 + 1),
+                               "rejected": "bad " * (n % 5 + 1)} for n in range(40)])
+
+
+@pytest.fixture(scope="module")
+def judge(policy, pairs, tmp_path_factory):
+    """Folder of a reward model that learned to prefer "good" to "bad"."""
+    out = tmp_path_factory.mktemp("judge") / "run"
+    reward.main([f"model={policy}", f"pairs={pairs}", f"val_pairs={pairs}", f"out={out}",
+                 "steps=8", "lr=1e-2", "warmup=1", "batch_pairs=8", "eval_every=8"])
+    return out
+
+
+def test_a_trained_reward_model_scores_as_transformers_does(judge):
+    """Pooling at another token than transformers', a pad token that hides the last one, a score
+    head that is not in the folder; and a trainer that does not train."""
+    log = [json.loads(line) for line in (judge / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["val_accuracy"] > 0.9 and log[-1]["val_loss"] < log[0]["loss"]
+    ours = reward.WritingModel(str(judge / "latest"), ALONE)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(judge / "latest")
+    prompts, answers = ["Hi", "Say 3", "面"], ["good good", "", "bad " * 30]
+    texts = [f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>"
+             for p, a in zip(prompts, answers)]
+    batch = load_tokenizer(judge / "latest")(texts, padding=True, padding_side="right",
+                                             return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**batch).logits[:, 0]
+    for pack_tokens in (1, 10_000):
+        scores = ours.score(prompts, answers, pack_tokens)
+        torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_pair_loss_is_bradley_terry(policy, judge):
+    """A sign, a mean over micro-batches instead of pairs, or a centring term that dominates."""
+    ours = reward.WritingModel(str(judge / "latest"), ALONE).model
+    token_pairs = [random_sequences([5, 9], 300, seed) for seed in range(5)]
+    scores = torch.tensor([[reward.score_packed(ours, [tokens], "cpu").item() for tokens in pair]
+                           for pair in token_pairs])
+    chosen, rejected = scores.T.double()
+    expected = (torch.log1p(torch.exp(rejected - chosen)) + 0.1 * (chosen + rejected) ** 2).mean()
+    for micro_pairs in (1, 2, 5):
+        loss, accuracy = reward.pair_loss(ours, token_pairs, ALONE, micro_pairs, 0.1, True)
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert accuracy == pytest.approx((chosen > rejected).double().mean().item())
+        gradient = ours.score.weight.grad.clone()
+        ours.zero_grad()
+        first = gradient if micro_pairs == 1 else first
+        torch.testing.assert_close(gradient, first, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- pretrain: rows, loss, runs
+
+def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
+    """Documents lost between rows, attention across them, targets from the next document, or
+    the same order in each epoch."""
+    texts = [{"text": f"{n} " * (n + 1)} for n in range(9)] + [
+        {"prompt": "ask " * 5, "completion": "say " * 6}]
+    tokenizer = load_tokenizer(policy)
+    documents = pretrain.Documents(write_lines(tmp_path / "t.jsonl", texts), tokenizer, 16, 0)
+    whole = [tokens.tolist() for tokens, _ in documents.documents]
+    epochs = []
+    for epoch in range(2):
+        rows = [documents.row(epoch * documents.num_rows + n) for n in range(documents.num_rows)]
+        stream = [token for tokens, _, _ in rows for token in tokens.tolist()]
+        order, left = [], list(stream)
+        while left:  # the stream is the documents in some order, but for a tail under a row
+            place = next(i for i, d in enumerate(whole) if i not in order and d[:len(left)] == left[:len(d)])
+            order.append(place)
+            left = left[len(whole[place]):]
+        assert sum(map(len, whole)) - len(stream) < 16
+        epochs.append(order)
+        piece_ends = np.cumsum(np.concatenate([lengths for _, _, lengths in rows]))
+        assert set(np.cumsum([len(whole[i]) for i in order])[:-1]) <= set(piece_ends.tolist())
+        targets = np.concatenate([targets for _, targets, _ in rows])
+        expected = [token if offset >= max(1, documents.documents[i][1]) else -1
+                    for i in order for offset, token in enumerate(whole[i])]
+        assert targets[:-1].tolist() == expected[1:len(targets)]
+    assert epochs[0] != epochs[1]
+
+
+def test_the_next_token_loss_equals_transformers(policy, tmp_path):
+    """A loss per micro-batch instead of per token, or targets off by one."""
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "think before you write " * 9}] * 2)
+    documents = pretrain.Documents(path, load_tokenizer(policy), 20, 0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    ours = load_model(policy, "cpu")
+    total, count = 0.0, 0
+    for n in range(4):
+        tokens, targets, lengths = documents.row(n)
+        ends = np.cumsum(lengths)
+        for start, end in zip(ends - lengths, ends):
+            logits = theirs(torch.tensor(tokens[None, start:end]).long()).logits[0]
+            total += torch.nn.functional.cross_entropy(
+                logits, torch.tensor(targets[start:end]), ignore_index=-1, reduction="sum").item()
+            count += int((targets[start:end] >= 0).sum())
+    for micro_rows in (1, 3):
+        loss = pretrain.next_token_loss(ours, documents, range(4), ALONE, micro_rows, True)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_matrices_decay_and_the_schedule_warms_up(policy):
+    """Weight decay on norms and biases; a first step of rate 0, or a last one of full rate."""
+    ours = load_model(policy, "cpu")
+    decayed, kept = pretrain.make_optimizer(ours, 0.1, 0.95).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() > 1 for p in decayed["params"])
+    assert kept["weight_decay"] == 0 and all(p.dim() == 1 for p in kept["params"])
+    rates = [pretrain.learning_rate(step, 100, 1.0, 10, "cosine") for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+def weights_of(out):
+    return load_file(out / "latest" / "model.safetensors")
+
+
+def same(a, b):
+    return all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(policy, tmp_path):
+    """Moments or the place in the data lost at a resume, which nothing else would show."""
+    path = write_lines(tmp_path / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
+    keys = [f"model={policy}", f"data={path}", "seq_len=32", "batch_rows=2", "save_every=2"]
+    run = lambda name, steps: (pretrain.main(keys + [f"out={tmp_path / name}", f"steps={steps}",
+                                                     "schedule=constant"]),
+                               weights_of(tmp_path / name))[1]
+    expected = run("whole", 4)
+    run("cut", 2)
+    for name in ("no_moments", "no_place"):
+        shutil.copytree(tmp_path / "cut", tmp_path / name, symlinks=True)
+        (tmp_path / name / "config.json").unlink()
+    assert same(run("cut", 4), expected)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.dcp, "load", lambda *_, **__: None)
+        patch.setattr(pretrain, "load_for_training", lambda name, ranks, seed=None: load_model(
+            str(tmp_path / "no_moments" / "latest"), "cpu"))
+        assert not same(run("no_moments", 4), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        row = pretrain.Documents.row
+        patch.setattr(pretrain.Documents, "row", lambda self, number: row(self, number % 4))
+        assert not same(run("no_place", 4), expected)
+
+
+# ---------------------------------------------------------------- grpo: advantages and loss
+
+def test_averaged_advantages_equal_a_plain_loop():
+    """Rewards summed before they are normalised, a deviation over the batch instead of the
+    group, a floor that is missing, or an unscored sample that counts as 0."""
+    rng = np.random.default_rng(0)
+    rewards = {name: rng.random((5, 4)) * scale for name, scale in
+               [("length", 1), ("format", 0.01), ("writing", 7)]}
+    rewards["format"][0] = 1.0
+    rewards["writing"][1, 2] = rewards["writing"][2] = np.nan
+    scored = [x for x in rewards["writing"].flat if not np.isnan(x)]
+    floors = {"length": 0.1, "format": 0.1, "writing": 0.5 * np.std(scored)}
+    expected = np.zeros((5, 4))
+    for name, table in rewards.items():
+        for p in range(5):
+            group = [x for x in table[p] if not np.isnan(x)]
+            for g in range(4):
+                if not np.isnan(table[p, g]):
+                    expected[p, g] += ((table[p, g] - np.mean(group))
+                                       / max(np.std(group), floors[name])) / 3
+    found = grpo.average_advantages({name: torch.tensor(x) for name, x in rewards.items()})
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+
+
+def make_rollout(num_prompts=3, num_samples=2, seed=0):
+    """(prompts, completions, advantages) with lengths from 1 on, sampled by nobody."""
+    rng = random.Random(seed)
+    prompts = random_sequences([rng.randrange(1, 9) for _ in range(num_prompts)], 300, seed)
+    completions = [sample.Completion(p, g, tokens, [-rng.random() for _ in tokens], "stop")
+                   for p in range(num_prompts) for g in range(num_samples)
+                   for tokens in random_sequences([rng.randrange(1, 20)], 300, 10 * p + g)]
+    advantages = torch.randn(num_prompts, num_samples, generator=torch.manual_seed(seed))
+    return prompts, completions, advantages
+
+
+def gradient_of(ours, ranks, rollout, micro_tokens, temperature=0.8):
+    ours.zero_grad()
+    sequences = grpo.make_sequences(*rollout)
+    grpo.accumulate_gradient(ours, sequences, ranks, micro_tokens, temperature, ratio_cap=2.0)
+    return {name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+            for name, p in ours.named_parameters()}
+
+
+def test_the_gradient_equals_a_hand_written_reinforce_step(policy):
+    """A loss over prompts' tokens, a mean over samples instead of a group's tokens, a ratio that
+    is not cut or that carries gradient, the temperature left out, targets off by one."""
+    prompts, completions, advantages = rollout = make_rollout()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    loss = 0.0
+    for p, prompt in enumerate(prompts):
+        group = [c for c in completions if c.prompt == p]
+        for c in group:
+            logits = theirs(torch.tensor([prompt + c.tokens])).logits[0, :, :340] / 0.8
+            for i, (token, old) in enumerate(zip(c.tokens, c.logprobs)):
+                logprob = logits[len(prompt) + i - 1].log_softmax(-1)[token]
+                weight = min(math.exp(logprob.item() - old), 2.0)
+                loss = loss - (weight * advantages[p, c.sample] * logprob
+                               / sum(len(d.tokens) for d in group) / len(prompts))
+    loss.backward()
+    ours = load_model(policy, "cpu")
+    ours.num_tokens = 340
+    gradient = gradient_of(ours, ALONE, rollout, 10_000)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradient[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def gradient_on_ranks(ranks, folder, rollout, micro_tokens):
+    return gradient_of(load_model(folder, ranks.device, ranks=ranks), ranks, rollout, micro_tokens)
+
+
+def test_the_gradient_does_not_depend_on_packs_or_ranks(policy, run_on_ranks):
+    """Normalising per micro-batch or per rank, or a rank without work that hangs the others."""
+    rollout = make_rollout()
+    ours = load_model(policy, "cpu")
+    expected = gradient_of(ours, ALONE, rollout, 10_000)
+    found = [gradient_of(ours, ALONE, rollout, micro_tokens) for micro_tokens in (1, 40)]
+    prompts, completions, advantages = rollout
+    found += [gradient_of(ours, ALONE, (prompts, completions[::-1], advantages), 40)]
+    found += run_on_ranks(2, gradient_on_ranks, policy, rollout, 20)
+    few = make_rollout(1, 2)  # two sequences: half of four ranks have none
+    for gradient in run_on_ranks(4, gradient_on_ranks, policy, few, 10_000):
+        for name, x in gradient_of(ours, ALONE, few, 10_000).items():
+            torch.testing.assert_close(gradient[name], x, atol=1e-5, rtol=1e-4)
+    for gradient in found:
+        for name, x in expected.items():
+            torch.testing.assert_close(gradient[name], x, atol=1e-5, rtol=1e-4)
+
+
+def test_equal_rewards_give_no_gradient_and_odd_groups_no_nan(policy):
+    """0 / 0 in a group of one, of equal rewards, or of samples that no judge could score."""
+    equal = grpo.average_advantages({name: torch.full((3, 2), 0.7) for name in grpo.COMPONENTS})
+    assert not equal.any()
+    prompts, completions, _ = make_rollout()
+    ours = load_model(policy, "cpu")
+    assert not any(x.any() for x in gradient_of(ours, ALONE, (prompts, completions, equal),
+                                                40).values())
+    odd = {"length": torch.tensor([[0.3]]), "format": torch.tensor([[0.0]]),
+           "writing": torch.tensor([[math.nan]])}
+    assert grpo.average_advantages(odd).tolist() == [[0.0]]
+
+
+def test_packs_hold_everything_once_and_ranks_the_same_number():
+    """A sequence trained twice or never, or a rank with one backward pass more than another."""
+    rng = random.Random(0)
+    for world, micro_tokens, count in [(1, 50, 20), (2, 100, 17), (4, 1000, 2), (3, 10, 9)]:
+        sizes = [rng.randrange(1, 60) for _ in range(count)]
+        packs = grpo.make_packs(sizes, world, micro_tokens)
+        assert sorted(sum(packs, [])) == list(range(count)) and len(packs) % world == 0
+
+
+def test_every_prompt_comes_once_an_epoch():
+    """Prompts drawn with replacement, or in the same order in each epoch."""
+    steps = [grpo.choose_prompts(12, 4, step, 0) for step in range(1, 7)]
+    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(12))
+    assert steps[:3] != steps[3:]
+
+
+def test_spearman_is_the_correlation_of_mean_ranks():
+    """Ties ranked by their place, or a constant that divides by zero."""
+    x, y = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
+    rank = lambda v: [np.mean([i for i, w in enumerate(sorted(v)) if w == u]) for u in v]
+    assert grpo.spearman(x, y) == pytest.approx(np.corrcoef(rank(x), rank(y))[0, 1])
+    assert grpo.spearman(x, [1] * 8) == 0
+
+
+# ---------------------------------------------------------------- grpo: the run
+
+LOG_KEYS = """step reward/length reward/format reward/writing words tokens truncated repetition
+    entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length zero_std/format
+    zero_std/writing seconds/sample seconds/train tokens_per_second""".split()
+EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
+
+
+@pytest.fixture(scope="module")
+def training(policy, judge, tmp_path_factory):
+    """Arguments of a small grpo.py run."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    write_lines(path, [{"id": f"p{n}", "prompt": f"Say {n} words", "length": [n, n + 3]}
+                       for n in range(1, 6)])
+    return [f"model={policy}", f"reward_model={judge / 'latest'}", f"prompts={path}",
+            f"eval_prompts={path}", "num_prompts=2", "num_samples=2", "max_tokens=24",
+            "slots=16", "save_every=1", "eval_every=2", "lr=0.01", "keep=1", "template=chat"]
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole_run(training, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    grpo.main(training + [f"out={out}", "steps=4"])
+    return out
+
+
+def test_a_run_leaves_its_log_checkpoints_and_samples(whole_run, policy):
+    """A log key that others read and that is gone, links that do not survive a move, or a
+    checkpoint that transformers cannot open."""
+    log = read_log(whole_run)
+    assert [row["step"] for row in log] == [0, 1, 2, 3, 4]
+    assert set(log[0]) == {"step", *EVAL_KEYS} and set(log[4]) == {*LOG_KEYS, *EVAL_KEYS}
+    assert all(set(row) - set(EVAL_KEYS) == set(LOG_KEYS) for row in log[1:])
+    assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["grad_norm"] > 1e-3 for row in log[1:])
+    assert os.readlink(whole_run / "latest") == "checkpoint-000004"
+    assert (whole_run / "best").exists() and (whole_run / "curves.png").exists()
+    assert len(list(whole_run.glob("checkpoint-*"))) <= 2
+    assert len((whole_run / "samples" / "step-000004.jsonl").read_text().splitlines()) == 20
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["num_samples"] == 2 and "command" in config and "commit" in config
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole_run / "latest")
+    ours = load_model(str(whole_run / "latest"), "cpu")
+    assert same(dict(full_parameters(ours)), dict(theirs.named_parameters()))
+    assert not same(dict(full_parameters(ours)), dict(full_parameters(load_model(policy, "cpu"))))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(whole_run, training, tmp_path, capsys):
+    """Sampling noise, prompts, moments or the log that start over at a resume."""
+    grpo.main(training + [f"out={tmp_path}", "steps=2"])
+    grpo.main(training + [f"out={tmp_path}", "steps=4"])
+    assert "resumed from" in capsys.readouterr().out
+    assert same(weights_of(tmp_path), weights_of(whole_run))
+    assert without_times(read_log(tmp_path)) == without_times(read_log(whole_run))
+    grpo.main(training + [f"out={tmp_path}", "steps=4"])
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        grpo.main(training + [f"out={tmp_path}", "steps=4", "num_samples=3"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "num_samples was 2 and is now 3" in error
+
+
+@pytest.mark.parametrize("verb", ["update", "evaluate"])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(verb, whole_run, training,
+                                                                   tmp_path, capsys):
+    """Ctrl-C in a rollout that loses the last update, logs a row twice, or ends in a traceback."""
+    calls, original = [], getattr(grpo.Trainer, verb)
+
+    def interrupted(self, step):
+        calls.append(step)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.Trainer, verb, interrupted)
+        grpo.main(training + [f"out={tmp_path}", "steps=4"])
+    assert "the same command goes on" in capsys.readouterr().out
+    grpo.main(training + [f"out={tmp_path}", "steps=4"])
+    assert same(weights_of(tmp_path), weights_of(whole_run))
+    assert without_times(read_log(tmp_path)) == without_times(read_log(whole_run))
+
+
+def run_grpo(ranks, arguments):
+    grpo.main(arguments)  # joins the group that is there
+
+
+def test_two_ranks_sample_what_they_train(training, whole_run, tmp_path, run_on_ranks):
+    """A sampler that keeps yesterday's weights: the ratio would leave 1 after the first step."""
+    run_on_ranks(2, run_grpo, training + [f"out={tmp_path}", "steps=3"])
+    log, alone = read_log(tmp_path), read_log(whole_run)
+    assert [row["step"] for row in log] == [0, 1, 2, 3]
+    assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["ratio/outside"] == 0 for row in log[1:])
+    for key in ("reward/length", "tokens", "grad_norm"):
+        assert log[1][key] == pytest.approx(alone[1][key], rel=1e-3)
+
+
+def test_most_samples_cut_raise_the_alarm(training, tmp_path, capsys):
+    """A run that burns its hours at the cap with all rewards 0."""
+    with pytest.raises(SystemExit):
+        grpo.main(training + [f"out={tmp_path}", "steps=50", "max_tokens=7"])
+    assert "most samples are truncated" in capsys.readouterr().err
+    assert read_log(tmp_path)[-1]["step"] == grpo.ALARM_STEPS
+    assert (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["stepz=3"], "stepz"), (["steps=many"], "steps"), (["num_samples=1"], "at least 2"),
+    (["prompts=nowhere.jsonl"], "nowhere.jsonl"), (["model=nowhere"], "nowhere"),
+    (["out=/dev/null/run"], "out=/dev/null/run"), (["max_tokens=600"], "context"),
+    (["reward_model=toy/prompts.jsonl"], "toy/prompts.jsonl"), (["length_max=1"], "length_max")])
+def test_wrong_input_to_grpo_is_one_line_and_status_2(arguments, words, training, tmp_path, capsys):
+    """A traceback for a typing error, or a run that starts in spite of it."""
+    with pytest.raises(SystemExit, match="2"):
+        grpo.main(training + [f"out={tmp_path}"] + arguments)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+
+
+def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
+    """Prompts that no completion can satisfy, which would only teach that nothing pays."""
+    rows = [{"id": n, "prompt": "one two three", "length": [n, n]} for n in (0, 5, 5000)]
+    kept = grpo.drop_unreachable(rows, load_tokenizer(policy), 100, True)
+    assert [row["id"] for row in kept] == [5]
+    out = capsys.readouterr().out
+    assert "prompt 0:" in out and "prompt 5000:" in out
+
+
+@pytest.mark.parametrize("module", [grpo, pretrain, reward, sample, network])
+def test_every_key_is_read(module):
+    """A dead knob: a key of a script's config that nothing reads."""
+    shared = "".join(Path(m.__file__).read_text() for m in (module, pretrain, network))
+    for key in module.CONFIG:
+        uses = re.findall(rf'config(?:\[|\.get\()"{key}"|"{key}"[,)\]]', shared)
+        assert uses or key == "resume", key
+
+
+# ---------------------------------------------------------------- the toy
+
+def test_held_out_prompts_share_no_topic_and_no_count_with_training():
+    """A held-out table that shows memory instead of skill, or ranges wider than promised."""
+    toy = Path(network.__file__).parent / "toy"
+    train, held_out = ([json.loads(line) for line in (toy / name).open()]
+                       for name in ("prompts.jsonl", "held_out.jsonl"))
+    counts = [{int(row["id"].split("-")[0]) for row in rows} for rows in (train, held_out)]
+    topics = [{tuple(row["topic"]) for row in rows} for rows in (train, held_out)]
+    assert not counts[0] & counts[1] and not topics[0] & topics[1]
+    for row in train + held_out:
+        lo, hi = row["length"]
+        assert hi - lo <= 0.2 * (lo + hi) / 2 and row["id"].split("-")[0] in row["prompt"].split()
+        assert lo <= int(row["id"].split("-")[0]) <= hi
+    for name in ("text", "pairs"):
+        rows = [json.loads(line) for line in gzip.open(toy / f"{name}.jsonl.gz")]
+        assert not any(f"the {who} in the {where} " in row["prompt"] + " "
+                       for row in rows for who, where in topics[1])
+
+
+def test_the_toys_models_are_small_and_theirs_too():
+    """A toy that is too large to commit, or that only our code can open."""
+    toy = Path(network.__file__).parent / "toy"
+    policy = transformers.AutoModelForCausalLM.from_pretrained(toy / "policy")
+    transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward")
+    assert policy.num_parameters() <= 1_200_000 and policy.config.num_hidden_layers <= 4
+    sizes = [file.stat().st_size for name in ("policy", "reward") for file in (toy / name).iterdir()]
+    assert sum(sizes) < 8_000_000 and 500 <= len(load_tokenizer(toy / "policy")) <= 2000
