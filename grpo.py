@@ -20,6 +20,7 @@ Where the paper (arXiv:2506.18841) is silent or differs:
 """
 import json
 import math
+import sys
 import textwrap
 import time
 from typing import NamedTuple
@@ -33,8 +34,8 @@ from model import (InputError, copy_weights, load_for_sampling, load_for_trainin
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
-from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts, generate,
-                    load_rows, prompt_row, read_done)
+from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
+                    generate, load_rows, prompt_row, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
@@ -52,7 +53,7 @@ CONFIG = dict(
     top_p=1.0,
     top_k=0,
     length_max=2.0,                # the length reward is 0 from this multiple of the upper end
-    lr=1e-3,
+    lr=5e-4,
     schedule="constant",           # or cosine
     ratio_cap=2.0,                 # of trainer over sampler, per token
     micro_tokens=8192,             # tokens a forward pass, on each rank
@@ -493,7 +494,8 @@ def main(argv):
             show_result(run.folder)
             print(f"\nlearning curve: {run.folder}/curves.png, model: {run.folder}/latest")
     if run.state.get("alarm"):
-        raise InputError(f"stopped: {run.state['alarm']}; best is {run.folder}/best")
+        reason = f"stopped: {run.state['alarm']}; best is {run.folder}/best"
+        sys.exit(reason if run.is_main else 1)
 
 
 if __name__ == "__main__":

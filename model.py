@@ -63,13 +63,13 @@ def script(main):
         had_group = dist.is_initialized()
         try:
             main(sys.argv[1:] if argv is None else argv)
-            if dist.is_initialized() and not had_group:
-                dist.barrier()  # without it some ranks die at exit
-                dist.destroy_process_group()
         except InputError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        if dist.is_initialized() and not had_group:
+            dist.barrier()  # without it some ranks die at exit
+            dist.destroy_process_group()
     return run
 
 

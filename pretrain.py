@@ -61,7 +61,8 @@ CONFIG = dict(
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan"}
-TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0, clip=0)
+TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
+                       clip=0, weight_decay=0, beta2=(0, 1))
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -246,6 +247,40 @@ def print_plan(config):
         print(f"{name:<36} {value:>20,}")
 
 
+def train(run, model, optimizer, accumulate, validate, panels, tokens):
+    """Resume, then step until the steps are done or a rank has to stop; log, save and draw.
+
+    accumulate(step) leaves a gradient and returns what to log, a loss at least; validate()
+    returns more to log every eval_every steps; tokens: of a step, for the rate."""
+    config = run.config
+    if run.step >= config["steps"]:
+        return print(f"{run.folder}: finished at step {run.step}")
+    run.restore(model, optimizer)
+    bar = tqdm(total=config["steps"], initial=run.step, disable=not run.is_main, unit="step")
+    for step in range(run.step + 1, config["steps"] + 1):
+        start, is_last = time.perf_counter(), step == config["steps"]
+        row = {"step": step} | accumulate(step)
+        row["lr"] = learning_rate(step, config["steps"], config["lr"], config["warmup"],
+                                  config["schedule"])
+        row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"])
+        row["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        if is_last or step % config["eval_every"] == 0:
+            row |= validate()
+        run.log(row)
+        bar.update()
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s")
+        stop = run.agree(run.wants_stop())
+        if stop or is_last or step % config["save_every"] == 0:
+            target = run.save(step, model, optimizer)
+        if stop:
+            break
+    bar.close()
+    if run.is_main:
+        draw_curves(run.folder, panels)
+        print(f"wrote {target}" if step == config["steps"]
+              else f"stopped after step {step}, saved in {target}; the same command goes on")
+
+
 # ---------------------------------------------------------------- rows of packed documents
 
 def text_row(row, number):
@@ -324,7 +359,8 @@ def next_token_loss(model, documents, numbers, ranks, micro_rows, train):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(seq_len=2, batch_rows=1, micro_rows=1))
+    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
+        seq_len=2, batch_rows=1, micro_rows=1))
     if config["plan"]:
         return print_plan(config)
     ranks = setup()
@@ -338,37 +374,21 @@ def main(argv):
     model = load_for_training(config["model"], ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
-    run = Run(config, ranks)
-    if run.step >= config["steps"]:
-        return print(f"{config['out']}: finished at step {run.step}")
-    run.restore(model, optimizer)
-    bar = tqdm(total=config["steps"], initial=run.step, disable=not run.is_main, unit="step")
     batch = config["batch_rows"]
-    for step in range(run.step + 1, config["steps"] + 1):
-        start, is_last = time.perf_counter(), step == config["steps"]
-        numbers = range((step - 1) * batch, step * batch)
-        loss = next_token_loss(model, documents, numbers, ranks, config["micro_rows"], True)
-        lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
-                           config["schedule"])
-        norm = apply_gradient(model, optimizer, lr, config["clip"])
-        tokens = batch * config["seq_len"]
-        row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=step * tokens,
-                   tokens_per_second=tokens / (time.perf_counter() - start))
-        if val_documents and (is_last or step % config["eval_every"] == 0):
-            row["val_loss"] = next_token_loss(model, val_documents, range(val_documents.num_rows),
-                                              ranks, config["micro_rows"], False)
-        run.log(row)
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s")
-        stop = run.agree(run.wants_stop())
-        if stop or is_last or step % config["save_every"] == 0:
-            target = run.save(step, model, optimizer)
-        if stop:
-            break
-    bar.close()
-    if run.is_main:
-        draw_curves(run.folder, {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]})
-        print(f"saved {target}; the same command goes on" if stop else f"wrote {target}")
+    loss = lambda documents, numbers, is_training: next_token_loss(
+        model, documents, numbers, ranks, config["micro_rows"], is_training)
+
+    def accumulate(step):
+        tokens = step * batch * config["seq_len"]
+        return dict(loss=loss(documents, range((step - 1) * batch, step * batch), True),
+                    tokens=tokens)
+
+    def validate():
+        return dict(val_loss=loss(val_documents, range(val_documents.num_rows), False))
+
+    train(Run(config, ranks), model, optimizer, accumulate, validate if val_documents else dict,
+          {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]},
+          tokens=batch * config["seq_len"])
 
 
 if __name__ == "__main__":

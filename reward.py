@@ -19,16 +19,13 @@ Where the paper (arXiv:2506.18841) is silent:
 """
 import math
 import re
-import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from model import (InputError, load_config, load_for_sampling, load_for_training,
                    load_tokenizer, parse_config, script, setup)
-from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves,
-                      learning_rate, make_optimizer, print_plan)
+from pretrain import TRAINING, TRAINING_LIMITS, Run, make_optimizer, print_plan, train
 from sample import count_words, find_answer, find_words, load_prompts, load_rows
 
 CONFIG = dict(
@@ -208,40 +205,23 @@ def train_reward_model(config):
     model = load_for_training(config["model"], ranks, config=model_config,
                               new={"score.weight"})
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
-    run = Run(config, ranks)
-    if run.step >= config["steps"]:
-        return print(f"{config['out']}: finished at step {run.step}")
-    run.restore(model, optimizer)
-    if run.is_main:
+    if ranks.rank == 0:
         print(f"{len(pairs)} pairs, {cut:.1%} of the answers cut at {config['max_len']} tokens")
-    bar = tqdm(total=config["steps"], initial=run.step, disable=not run.is_main, unit="step")
-    for step in range(run.step + 1, config["steps"] + 1):
-        start, is_last = time.perf_counter(), step == config["steps"]
+    loss = lambda pairs, is_training: dict(zip(("loss", "accuracy"), pair_loss(
+        model, pairs, ranks, config["micro_pairs"], config["centre"], is_training)))
+
+    def accumulate(step):
         generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
         places = torch.randint(len(pairs), (config["batch_pairs"],), generator=generator)
-        loss, accuracy = pair_loss(model, [pairs[i] for i in places], ranks,
-                                   config["micro_pairs"], config["centre"], True)
-        lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
-                           config["schedule"])
-        norm = apply_gradient(model, optimizer, lr, config["clip"])
-        row = dict(step=step, loss=loss, accuracy=accuracy, grad_norm=norm, lr=lr,
-                   seconds=time.perf_counter() - start)
-        if val_pairs and (is_last or step % config["eval_every"] == 0):
-            row["val_loss"], row["val_accuracy"] = pair_loss(
-                model, val_pairs, ranks, config["micro_pairs"], config["centre"], False)
-        run.log(row)
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.2f}")
-        stop = run.agree(run.wants_stop())
-        if stop or is_last or step % config["save_every"] == 0:
-            target = run.save(step, model, optimizer)
-        if stop:
-            break
-    bar.close()
-    if run.is_main:
-        draw_curves(run.folder, {"loss": ["loss", "val_loss"],
-                                 "accuracy": ["accuracy", "val_accuracy"]})
-        print(f"saved {target}; the same command goes on" if stop else f"wrote {target}")
+        return loss([pairs[place] for place in places], True)
+
+    def validate():
+        return {f"val_{key}": value for key, value in loss(val_pairs, False).items()}
+
+    mean_tokens = sum(len(tokens) for pair in pairs for tokens in pair) / len(pairs)
+    train(Run(config, ranks), model, optimizer, accumulate, validate if val_pairs else dict,
+          {"loss": ["loss", "val_loss"], "accuracy": ["accuracy", "val_accuracy"]},
+          tokens=config["batch_pairs"] * mean_tokens)
 
 
 # ---------------------------------------------------------------- a table of responses
@@ -280,7 +260,8 @@ def print_components(config):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(batch_pairs=1, micro_pairs=1, max_len=8))
+    config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
+        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6))
     if config["plan"]:
         print_plan(config)
     elif config["responses"]:

@@ -146,7 +146,10 @@ def run_on_ranks():
         while waiting:
             for connection in (ready := wait(waiting, timeout=60)):
                 waiting.remove(connection)
-                replies[connection], error = pickle.loads(connection.recv_bytes())
+                try:
+                    replies[connection], error = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    error = f"a rank died in {function.__name__}"
                 if error:
                     stop()
                     pytest.fail(error)
@@ -231,9 +234,7 @@ def test_chunked_log_probs_equal_autograd_through_full_logits(of_logprob, of_ent
         results.append([logprobs, entropies, *torch.autograd.grad(loss, leaves)])
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(chunked, [y[:5].clone().requires_grad_() if y is x else
-                                              y.clone().requires_grad_() for y in (x, weight)]
-                                    ) if len(targets := targets[:5]) else True
+    assert torch.autograd.gradcheck(chunked, [y.clone().requires_grad_() for y in (x, weight)])
 
 
 def test_rows_past_num_tokens_get_no_probability_and_no_gradient(tmp_path):
@@ -680,7 +681,6 @@ def test_rows_come_from_every_kind_of_file(tmp_path):
     ("{", "JSON object"), ("[1]", "JSON object"), ({"text": "x"}, "'prompt'"),
     ({"prompt": " "}, "'prompt'"), ({"prompt": 3}, "'prompt'"),
     ({"prompt": "x", "length": [9, 5]}, "lo <= hi"), ({"prompt": "x", "length": 9}, "[lo, hi]"),
-
     ({"messages": [{"from": "human", "value": "x"}]}, "'prompt'"), ({"messages": "x"}, "'prompt'")])
 def test_a_bad_row_is_named_with_file_and_line(bad, words, tmp_path, capsys):
     """One bad row in 200 that stops a night's run, or bad rows that vanish without a word."""
@@ -695,7 +695,6 @@ def test_a_bad_row_is_named_with_file_and_line(bad, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content", [
     ("none.jsonl", None), ("empty.jsonl", b"\n"),
-
     ("broken.json", b'[{"prompt": '), ("number.json", b"3"), ("text.jsonl.gz", b"text"),
     ("latin.jsonl", b'{"prompt": "\xe9"}\n')])
 def test_a_file_that_cannot_be_read_is_one_line(name, content, tmp_path):
@@ -721,7 +720,7 @@ def test_templates_follow_the_language_and_the_checkpoint(policy):
 def test_a_prompt_that_does_not_fit_the_context_is_named(policy):
     """Positions past what the model knows, found only in its babble."""
     row, tokenizer = {"id": "row-7", "prompt": "Hi"}, load_tokenizer(policy)
-    (prompt,), fits = encode_prompts(tokenizer, "think", [row], 512, 10), 512
+    prompt, = encode_prompts(tokenizer, "think", [row], 512, 10)
     encode_prompts(tokenizer, "think", [row], len(prompt) + 10, 10)
     with pytest.raises(InputError, match=f"'row-7': {len(prompt)} tokens"):
         encode_prompts(tokenizer, "think", [row], len(prompt) + 9, 10)

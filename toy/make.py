@@ -1,11 +1,13 @@
-"""Remake the toy from nothing: tokenizer, prompts, base model, reward model, in minutes.
+"""Remake the toy from nothing: tokenizer, prompts, base model, reward model.
 
     python toy/make.py                 writes toy/policy, toy/reward and the toy's rows
-    python toy/make.py out=/tmp/toy    the same, elsewhere
+    python toy/make.py out=/tmp/toy    the same, elsewhere; half an hour on four cores
 
-The base model is pretrained on completions of mixed quality, as a base model's corpus is: some
-follow a plan to the requested length, most do not; many break the tags; half of the texts drift
-off topic, repeat themselves or shuffle their words. Everything good is in there, rarely at once.
+The base model is pretrained twice. First on clean completions, which plan, keep to the plan and
+to the requested length: a model this small needs them to learn to copy from prompt and plan at
+all. Then on completions of mixed quality, as a base model's corpus is: one in four follows a
+plan, a third break the tags, half drift off topic, repeat themselves or shuffle their words. What
+comes out knows how to do everything, and rarely does it. The reward model starts from the first.
 Topics (pairings of a person and a place) and word counts of the held-out prompts are in no row
 that any training sees.
 """
@@ -28,11 +30,13 @@ from sample import TEMPLATES
 CONFIG = dict(
     out="toy",             # where the toy goes
     work="out/toy",        # where the two training runs and their rows go
-    texts=16_000,          # completions to pretrain on
-    pairs=6_000,           # preference pairs
-    steps=900,             # of pretraining
-    reward_steps=300,      # of Bradley-Terry training
-    vocab=1600,
+    clean=24_000,          # completions to pretrain on, first these,
+    mixed=12_000,          # then these
+    pairs=12_000,          # preference pairs
+    clean_steps=1600,      # of pretraining, 8k tokens each
+    mixed_steps=300,
+    reward_steps=500,      # of Bradley-Terry training
+    vocab=1600,            # tokens
     seed=0,
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # Qwen's
@@ -158,33 +162,39 @@ def main(argv):
     counts, held_counts = grammar.split_counts()
     write_rows(out / "prompts.jsonl", prompt_rows(topics, counts, 2000, rng))
     write_rows(out / "held_out.jsonl", prompt_rows(held_topics, held_counts, 40, rng))
-    texts = [completion_row(topics, counts, rng) for _ in range(config["texts"])]
+    clean, mixed = ([completion_row(topics, counts, rng, is_clean) for _ in range(number)]
+                    for number, is_clean in ((config["clean"], True), (config["mixed"], False)))
     pairs = [pair_row(topics, counts, rng) for _ in range(config["pairs"])]
-    held_pairs = [pair_row(held_topics, held_counts, rng, fault, share)
-                  for fault in ("off_topic", "repetitive", "shuffled")
-                  for share in (0.3, 0.6, 1.0) for _ in range(50)]
-    write_rows(work / "text.jsonl", texts)
-    write_rows(work / "pairs.jsonl", pairs)
-    write_rows(out / "text.jsonl.gz", texts[:1000])   # samples, for the scripts' default runs
+    held_pairs = [pair_row(held_topics, held_counts, rng, fault, 1.0) for _ in range(100)
+                  for fault in ("off_topic", "repetitive", "shuffled")]
+    for name, rows in dict(clean=clean, mixed=mixed, pairs=pairs).items():
+        write_rows(work / f"{name}.jsonl", rows)
+    write_rows(out / "text.jsonl.gz", mixed[:1000])   # samples, for the scripts' default runs
     write_rows(out / "pairs.jsonl.gz", pairs[:1000])
     write_rows(out / "held_out_pairs.jsonl.gz", held_pairs)
 
     seed_folder = work / "random"
     seed_folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(seed_folder, (row[key] for row in texts for key in row),
+    tokenizer = make_tokenizer(seed_folder, (row[key] for row in clean + mixed for key in row),
                                config["vocab"])
-    ids = {name: tokenizer.token_to_id("<|endoftext|>") for name in ("eos_token_id", "pad_token_id")}
+    end = tokenizer.token_to_id("<|endoftext|>")
+    ids = dict(eos_token_id=end, pad_token_id=end)
     (seed_folder / "config.json").write_text(json.dumps(
         ARCHITECTURE | ids | {"vocab_size": tokenizer.get_vocab_size()}, indent=2) + "\n")
     (seed_folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
-    pretrain.main([f"model={seed_folder}", "init=random", f"data={work / 'text.jsonl'}",
-                   f"out={work / 'pretrain'}", f"steps={config['steps']}", "lr=3e-3",
-                   "warmup=30", "beta2=0.99", f"seed={config['seed']}"])
-    publish(work / "pretrain", out / "policy")
-    reward.main([f"model={out / 'policy'}", f"pairs={work / 'pairs.jsonl'}",
+    shared = [f"seed={config['seed']}", "beta2=0.99", "weight_decay=0.01"]
+    text = [*shared, "batch_rows=16", "micro_rows=16", "save_every=10000"]
+    pretrain.main([f"model={seed_folder}", "init=random", f"data={work / 'clean.jsonl'}",
+                   f"out={work / 'clean'}", f"steps={config['clean_steps']}", "lr=3e-3",
+                   "warmup=50", *text])
+    pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
+                   f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
+                   "warmup=20", *text])
+    reward.main([f"model={work / 'clean' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
-                 f"steps={config['reward_steps']}", "lr=1e-3", f"seed={config['seed']}"])
+                 f"steps={config['reward_steps']}", "lr=1e-3", *shared])
+    publish(work / "mixed", out / "policy")
     publish(work / "reward", out / "reward")
 
 
