@@ -35,7 +35,7 @@ from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curve
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
-                    generate, load_rows, prompt_row, read_done)
+                    generate, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
@@ -53,12 +53,12 @@ CONFIG = dict(
     top_p=1.0,
     top_k=0,
     length_max=2.0,                # the length reward is 0 from this multiple of the upper end
-    lr=5e-4,
-    schedule="constant",           # or cosine
+    lr=7e-4,
+    schedule="inverse_sqrt",       # or constant, cosine
     ratio_cap=2.0,                 # of trainer over sampler, per token
     micro_tokens=8192,             # tokens a forward pass, on each rank
     slots=64,                      # sequences that a rank decodes together
-    **TRAINING | dict(weight_decay=0.0, warmup=5, beta2=0.99, eval_every=25, save_every=25),
+    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=25, save_every=25),
 )
 COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
@@ -73,16 +73,6 @@ PANELS = {"length reward": ["reward/length", "eval/length"],
 
 
 # ---------------------------------------------------------------- prompts
-
-def load_requests(path, columns):
-    """Prompt rows, each with a length range."""
-    def check(row, number):
-        found = prompt_row(row, number, columns)
-        if found["length"] is None:
-            raise ValueError(f"expected length [lo, hi], found columns {sorted(row)}")
-        return found
-    return load_rows(path, check)
-
 
 def drop_unreachable(rows, tokenizer, max_tokens, is_main):
     """Rows whose range fits into max_tokens, by the tokens per word of the prompts themselves;
@@ -377,8 +367,8 @@ class Trainer:
     def load_prompts(self, key):
         """(rows, their tokens) of the file under this key."""
         config = self.config
-        rows = drop_unreachable(load_requests(config[key], config["columns"]), self.tokenizer,
-                                config["max_tokens"], self.ranks.rank == 0)
+        rows = load_prompts(config[key], config["columns"], needs_length=True)
+        rows = drop_unreachable(rows, self.tokenizer, config["max_tokens"], self.ranks.rank == 0)
         if not rows:
             raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
                              f"{config['max_tokens']}, found none")

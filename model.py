@@ -167,6 +167,17 @@ def setup():
     return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
 
 
+def read_config(path):
+    """The dict of a config.json."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, found an error: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
 def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
     The same command may come again; another config is an error that names the key."""
@@ -177,14 +188,16 @@ def open_folder(config, ranks, may_differ=()):
             if path.exists() and not config["resume"]:
                 raise InputError(f"{path.parent}: expected a new folder with resume=false, "
                                  "found a run")
-            before = json.loads(path.read_text()) if path.exists() else config
+            before = read_config(path) if path.exists() else config
             for key in set(config) - set(may_differ) - {"resume"}:
                 if before.get(key) != config[key]:
                     raise InputError(f"{path}: {key} was {before.get(key)!r} and is now "
                                      f"{config[key]!r}; resume with the same, or choose "
                                      "another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
-            path.write_text(json.dumps(run, indent=2) + "\n")
+            temporary = path.with_suffix(".tmp")  # a kill leaves the old one or the new one
+            temporary.write_text(json.dumps(run, indent=2) + "\n")
+            os.replace(temporary, path)
         except OSError as error:
             raise InputError(f"out={config['out']}: cannot be written: "
                              f"{error.strerror}") from None
@@ -510,10 +523,7 @@ def load_config(name):
     """(folder, config dict) of a Qwen2 folder, checked."""
     folder = find_folder(name)
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, found an error: {error}") from None
+    config = read_config(path)
     architecture = (config.get("architectures") or ["none"])[0]
     known = ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification")
     if architecture not in known:
@@ -544,11 +554,12 @@ def load_tokenizer(name):
 
 def open_tensors(folder):
     """{tensor name: lazily read slice} of a folder's safetensors, one file or an index of many."""
-    index = folder / "model.safetensors.index.json"
+    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: expected JSON with a weight_map") from None
     tensors = {}
     for file in files:
         if not (folder / file).exists():
@@ -652,7 +663,9 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
         for pattern in ("token*.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                         "added_tokens.json", "generation_config.json", "chat_template.jinja"):
             for file in source.glob(pattern):
-                shutil.copy(file, folder / file.name)
+                if file.resolve() != (folder / file.name).resolve():
+                    shutil.copy(file, folder / file.name)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     shards, part, part_bytes = [], {}, 0
     for name, whole in full_parameters(model):
         size = whole.numel() * dtype.itemsize

@@ -57,7 +57,7 @@ CONFIG = dict(
     batch_rows=32,              # rows a step, over all ranks
     micro_rows=8,               # rows a forward pass, on each rank
     lr=1e-3,
-    schedule="cosine",          # or constant
+    schedule="cosine",          # or constant, inverse_sqrt
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan"}
@@ -76,13 +76,14 @@ def make_optimizer(model, weight_decay, beta2):
 
 
 def learning_rate(step, steps, lr, warmup, schedule):
-    """Of 1-based step: linear warm-up, then constant or a cosine to a tenth."""
+    """Of 1-based step: linear warm-up, then constant, falling as 1/sqrt(step), or a cosine to a
+    tenth. Only the cosine depends on steps, so the others go on when a run is made longer."""
     if step <= warmup:
         return lr * step / warmup
-    if schedule == "constant":
-        return lr
-    done = (step - warmup) / max(1, steps - warmup)
-    return lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1)))
+    if schedule == "cosine":
+        done = (step - warmup) / max(1, steps - warmup)
+        return lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1)))
+    return lr * math.sqrt(max(1, warmup) / step) if schedule == "inverse_sqrt" else lr
 
 
 def apply_gradient(model, optimizer, lr, clip):
@@ -340,20 +341,28 @@ def to_pack(rows, device):
             torch.tensor(cu_seqlens, dtype=torch.int32, device=device))
 
 
+def deal_evenly(items, ranks, size):
+    """This rank's share of items in parts of at most `size`, as many parts on each rank: the
+    collectives of FSDP must match. Some may be empty."""
+    mine = items[ranks.rank::ranks.world]
+    most = -(-len(items) // ranks.world)
+    return [mine[start:start + size] for start in range(0, most, size)]
+
+
 def next_token_loss(model, documents, numbers, ranks, micro_rows, train):
     """Mean loss over the targets of rows `numbers` on all ranks; with train, its gradient."""
     rows = [documents.row(n) for n in numbers]
     total = sum(int((targets >= 0).sum()) for _, targets, _ in rows)
-    mine = rows[ranks.rank::ranks.world]
     loss = 0.0
-    for start in range(0, len(mine), micro_rows):
-        tokens, targets, cu_seqlens = to_pack(mine[start:start + micro_rows], ranks.device)
+    for part in deal_evenly(rows, ranks, micro_rows):
+        tokens, targets, cu_seqlens = to_pack(part or rows[:1], ranks.device)
+        targets = targets if part else targets * 0 - 1  # without rows: take part, count nothing
         with torch.set_grad_enabled(train):
             logprobs, _ = model(tokens, cu_seqlens, targets=targets)
-            part = -logprobs.sum() / max(1, total)
+            mean = -logprobs.sum() / max(1, total)
         if train:
-            (part * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
-        loss += part.item()
+            (mean * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
+        loss += mean.item()
     return sum(ranks.gather([loss]))
 
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from model import (InputError, load_config, load_for_sampling, load_for_training,
                    load_tokenizer, parse_config, script, setup)
-from pretrain import TRAINING, TRAINING_LIMITS, Run, make_optimizer, print_plan, train
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
+                      train)
 from sample import count_words, find_answer, find_words, load_prompts, load_rows
 
 CONFIG = dict(
@@ -43,7 +44,7 @@ CONFIG = dict(
     max_len=1024,                # tokens of a prompt and answer; the share cut is printed
     centre=0.01,                 # weight of the squared sum of a pair's scores
     lr=3e-4,
-    schedule="cosine",           # or constant
+    schedule="cosine",           # or constant, inverse_sqrt
     **TRAINING,
 )
 NGRAM = 13                  # words; field practice for copies, and free of false alarms in prose
@@ -172,18 +173,18 @@ def pair_loss(model, pairs, ranks, micro_pairs, centre, train):
 
     -log sigmoid(chosen - rejected) + centre * (chosen + rejected)^2, both answers of a pair in
     one packed pass; the second term fixes the scale's origin (arXiv:2312.09244)."""
-    mine, sums = pairs[ranks.rank::ranks.world], torch.zeros(2)
-    for start in range(0, len(mine), micro_pairs):
-        part = mine[start:start + micro_pairs]
+    sums = torch.zeros(2)
+    for part in deal_evenly(pairs, ranks, micro_pairs):
+        counts = float(bool(part))  # a rank without pairs takes part all the same
         with torch.set_grad_enabled(train):
-            scores = score_packed(model, [tokens for pair in part for tokens in pair],
+            scores = score_packed(model, [tokens for pair in part or pairs[:1] for tokens in pair],
                                   ranks.device).view(-1, 2)
             chosen, rejected = scores.unbind(1)
             loss = -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected) ** 2
-            loss = loss.sum() / len(pairs)
+            loss = counts * loss.sum() / len(pairs)
         if train:
             (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
-        right = (chosen > rejected).sum().item() / len(pairs)
+        right = counts * (chosen > rejected).sum().item() / len(pairs)
         sums += torch.tensor([loss.item(), right])
     return torch.tensor(ranks.gather([sums.tolist()])).sum(0).tolist()
 

@@ -133,12 +133,26 @@ def prompt_row(row, number, columns):
             raise ValueError(f"expected length [lo, hi], found {length!r}")
         if not 0 <= length[0] <= length[1]:
             raise ValueError(f"expected length with 0 <= lo <= hi, found {length!r}")
-    identity = get("id")
-    return {"id": number if identity is None else identity, "prompt": prompt, "length": length}
+    identity = number if get("id") is None else get("id")
+    if not isinstance(identity, (str, int)):
+        raise ValueError(f"expected an id that is a text or a whole number, found {identity!r}")
+    return {"id": identity, "prompt": prompt, "length": length}
 
 
-def load_prompts(path, columns=None):
-    return load_rows(path, lambda row, number: prompt_row(row, number, columns or {}))
+def load_prompts(path, columns=None, needs_length=False):
+    """Prompt rows of a file; each id is there once."""
+    seen = set()
+
+    def check(row, number):
+        found = prompt_row(row, number, columns or {})
+        if found["id"] in seen:
+            raise ValueError(f"expected a new id, found {found['id']!r} again")
+        if needs_length and found["length"] is None:
+            raise ValueError(f"expected length [lo, hi], found columns {sorted(row)}")
+        seen.add(found["id"])
+        return found
+
+    return load_rows(path, check)
 
 
 # ---------------------------------------------------------------- templates
@@ -208,12 +222,13 @@ def find_answer(completion, template):
     """The answer alone: what <answer> holds, closed or not, or "" without one; in chat, where
     there may be no tags, the text after any thinking."""
     completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>|<\|user\|>)\s*$", "", completion)
+    completion = re.sub(r"^\s*<think>.*?</think>", "", completion, flags=re.DOTALL)
     found = re.search(r"<answer>(.*?)(?:</answer>|$)", completion, re.DOTALL)
     if found:
         return found[1].strip()
     if template != "chat":
         return ""
-    return re.sub(r"<think>.*?(</think>|$)", "", completion, flags=re.DOTALL).strip()
+    return re.sub(r"<think>.*", "", completion, flags=re.DOTALL).strip()
 
 
 class Stops:
@@ -590,7 +605,9 @@ def answer_file(model, tokenizer, stops, config, ranks):
     prompts = encode_prompts(tokenizer, config["template"], rows,
                              model.config["max_position_embeddings"], config["max_tokens"])
     path = Path(config["out"]) / "responses.jsonl"
-    done = {(row["index"], row.get("sample", 0)) for row in read_done(path)}
+    # one rank reads, before any can write: all must deal from the same list
+    done = set(ranks.gather([(row["index"], row.get("sample", 0)) for row in read_done(path)]
+                            if ranks.rank == 0 else []))
     jobs = [(p, s) for p, row in enumerate(rows) for s in range(config["num_samples"])
             if (row["id"], s) not in done]
     options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots")}

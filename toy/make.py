@@ -7,7 +7,7 @@ The base model is pretrained twice. First on clean completions, which plan, keep
 to the requested length: a model this small needs them to learn to copy from prompt and plan at
 all. Then on completions of mixed quality, as a base model's corpus is: one in four follows a
 plan, a third break the tags, half drift off topic, repeat themselves or shuffle their words. What
-comes out knows how to do everything, and rarely does it. The reward model starts from the first.
+comes out knows how to do everything, and rarely does it. The reward model starts from that.
 Topics (pairings of a person and a place) and word counts of the held-out prompts are in no row
 that any training sees.
 """
@@ -35,7 +35,7 @@ CONFIG = dict(
     pairs=12_000,          # preference pairs
     clean_steps=1600,      # of pretraining, 8k tokens each
     mixed_steps=300,
-    reward_steps=500,      # of Bradley-Terry training
+    reward_steps=400,      # of Bradley-Terry training
     vocab=1600,            # tokens
     seed=0,
 )
@@ -191,7 +191,7 @@ def main(argv):
     pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
                    f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
                    "warmup=20", *text])
-    reward.main([f"model={work / 'clean' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
+    reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
                  f"steps={config['reward_steps']}", "lr=1e-3", *shared])
     publish(work / "mixed", out / "policy")
