@@ -16,6 +16,7 @@ cu_seqlens (S+1,), the running sum of the sequences' lengths, so nothing is ever
 """
 import copy
 import functools
+import inspect
 import json
 import math
 import os
@@ -47,7 +48,7 @@ CONFIG = dict(
     sample_tp=1,         # GPUs that share one copy of the sampling weights
     max_tokens=14_000,   # prompt and completion, for the size of the cache
 )
-HEAD_CHUNK = 1024  # rows of logits that exist at one time: 0.6 GB in fp32 at Qwen's vocabulary
+HEAD_CHUNK = 1024  # rows of logits at one time: 0.6 GB a copy in fp32 at Qwen's vocabulary
 
 
 # ---------------------------------------------------------------- scripts: errors, config, ranks
@@ -206,6 +207,8 @@ def open_folder(config, ranks, may_differ=()):
 
 def find_commit():
     """The commit of this code, with a + when files differ from it."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+",
            "--abbrev=12", "--exclude=*"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
@@ -281,18 +284,23 @@ def attention(q, k, v, span):
     if flash_attn_with_kvcache and q.is_cuda and q.dtype != torch.float32:
         return flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=span.lengths,
                                        causal=True)[:, 0]
-    return F.scaled_dot_product_attention(
-        q[:, :, None], k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=span.mask, enable_gqa=True)[:, :, 0]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (S, K, keys, D)
+    if q.is_cuda:  # kernels that take a mask have no grouped heads: a group becomes its queries
+        return F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v,
+                                              attn_mask=span.mask).flatten(1, 2)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=span.mask,
+                                          enable_gqa=True)[:, :, 0]
 
 
 def torch_varlen(q, k, v, span):
     """FlashAttention inside torch; 2.11 has no grouped queries there, so keys are repeated."""
     from torch.nn.attention.varlen import varlen_attn
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    grouped = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        repeats, grouped = q.shape[1] // k.shape[1], {}
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return varlen_attn(q, k, v, span.cu_seqlens, span.cu_seqlens, span.max_len, span.max_len,
-                       window_size=(-1, 0))  # no look ahead: causal
+                       window_size=(-1, 0), **grouped)  # no look ahead: causal
 
 
 class RMSNorm(nn.Module):
@@ -445,7 +453,8 @@ class Qwen2(nn.Module):
         cos, sin = ((f(angles) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin))
         for layer, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, span, layer, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, span, layer, cache, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, span, layer, cache)
         if targets is None:

@@ -518,8 +518,9 @@ class Engine:
             moved = state[index]
             state.zero_()
             state[:len(running)] = moved
-        for part in (self.cache.k, self.cache.v):
-            part[:, :len(running), :self.cache.reach] = part[:, index, :self.cache.reach]
+        for slot, source in enumerate(running):  # ascending: nothing is overwritten unread
+            for part in (self.cache.k, self.cache.v):
+                part[:, slot, :self.cache.reach] = part[:, source, :self.cache.reach]
         idle = [None] * (self.slots - len(running))
         self.jobs, self.held = ([x[slot] for slot in running] + idle
                                 for x in (self.jobs, self.held))

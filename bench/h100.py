@@ -1,23 +1,25 @@
 """What a GPU makes of attention, decode, the head and a training step, at Qwen2.5's shapes.
 
-    python bench/h100.py size=0.5B                   # all parts, a few minutes
+    python bench/h100.py size=0.5B                      # all parts
     python bench/h100.py size=7B parts=attention,decode
-    OMP_NUM_THREADS=1 python bench/h100.py size=tiny # smoke test, also without a GPU
+    OMP_NUM_THREADS=1 python bench/h100.py size=tiny    # smoke test, a few seconds on a CPU
 
-Prints markdown for bench/results.md. Weights are random and made on the device; nothing is
-downloaded. bf16 on CUDA with fp32 references, fp32 on the CPU with fp64 ones. GB is 1e9 bytes.
-Shapes: N tokens, S sequences, H query heads, K key/value heads, D head size, V vocabulary.
+Prints markdown for bench/results.md. Weights are random and made on the device. bf16 with fp32
+references on CUDA, fp32 with fp64 ones on the CPU. GB is 1e9 bytes; a peak counts what is held.
+Shapes: N tokens, T of a sequence, S sequences, H query heads, K key/value heads, D head size,
+C hidden size, V vocabulary.
 
-1. Errors are absolute, max / mean, against naive attention in the wider type. The naive row
-   is the same arithmetic in the narrow type: a backend should not be much above it.
-2. MFU is the causal formula, 6 x parameters (without the input embedding, with the head)
-   + 6 x layers x hidden x T a token, no credit for recomputation, over an H100's 989 TFLOP/s.
-3. The bound of a decode step is the weights and the filled part of the cache, read once, at
-   the bandwidth of a copy (bytes read and written) measured in the same run.
-4. The chunked head also computes entropies, which the full logits are spared.
+1. Errors are absolute, max / mean, against naive attention in the wider type. The naive row is
+   the same arithmetic in the narrow type: no backend should be much above it.
+2. MFU is causal: 6 x parameters (without the input embedding, with the head) + 6 x layers x C x T
+   a token, no credit for recomputation, over an H100's 989 TFLOP/s.
+3. The bound of a decode step is the weights and the filled part of the cache, read once, at the
+   bandwidth of a copy (bytes read and written) measured in the same run.
+4. The chunked head computes entropies besides; the full logits are spared that.
 """
 import contextlib
 import gc
+import shutil
 import sys
 import time
 from functools import partial
@@ -34,8 +36,7 @@ from torch.distributed.tensor import DTensor
 
 import model
 from model import (ChunkedLogProbs, InputError, Qwen2, Ranks, Span, count_parameters,
-                   find_commit, head_size, memory_plan, parse_config, rope_frequencies, script,
-                   setup, shard)
+                   find_commit, head_size, parse_config, rope_frequencies, script, setup, shard)
 from pretrain import apply_gradient, make_optimizer
 from sample import LOOK_EVERY, generate, sample_tokens
 
@@ -52,19 +53,20 @@ SIZES = {  # hidden, layers, query heads, kv heads, ffn, vocabulary, tied (Qwen2
 }
 WORK = dict(tokens=16_384, seq_len=4096, prompt=512, new_tokens=256, keys=4096)
 TINY_WORK = dict(tokens=2048, seq_len=512, prompt=16, new_tokens=32, keys=256)
-ROWS = (64, 16, 32, 128)            # that decode together
-RAGGED = (1, 7, 130, 257, 1000)     # lengths at which attention is compared
-CHECK_TOKENS = 1500                 # at which heads are compared: more than a chunk
-PEAK_FLOPS = 989e12                 # H100 SXM, bf16 dense
+ROWS = (16, 32, 64, 128)          # that decode together
+RAGGED = (1, 7, 130, 257, 1000)   # lengths at which attention is compared
+CHECK_TOKENS = 1500               # at which heads are compared: more than a chunk
+PEAK_FLOPS = 989e12               # H100 SXM, bf16 dense
 
 
 class Setting(NamedTuple):
-    """What every part needs: a model's config, where it runs, and how much work a call is."""
-    config: dict
+    """What every part needs to know."""
+    config: dict          # of the model
+    work: dict
     ranks: Ranks
     dtype: torch.dtype
-    wide: torch.dtype  # of the references
-    work: dict
+    wide: torch.dtype     # of the references
+    bandwidth: float      # bytes a second of a copy
 
     def draw(self, *shape, std=1.0):
         return torch.randn(shape, dtype=self.dtype, device=self.ranks.device) * std
@@ -81,7 +83,7 @@ def synchronize():
 
 
 def time_calls(run, repeats=10):
-    """Mean seconds of a call, after two that warm up; calls are queued one behind the other."""
+    """Mean seconds of a call after two that warm up; the device sees them back to back."""
     for _ in range(2):
         run()
     synchronize()
@@ -92,22 +94,13 @@ def time_calls(run, repeats=10):
     return (time.perf_counter() - start) / repeats
 
 
-def measure_peak(run):
-    """Peak GB over the whole of run(), as text; the CPU has no such counter."""
-    if not torch.cuda.is_available():
-        run()
-        return "-"
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
-
-
-def allocated_gb():
-    return f"{torch.cuda.memory_allocated() / 1e9:.2f}" if torch.cuda.is_available() else "-"
+def gigabytes(counter):
+    """One of torch.cuda's memory counters, as text; the CPU has none."""
+    return f"{counter() / 1e9:.2f}" if torch.cuda.is_available() else "-"
 
 
 def copy_bandwidth(device):
-    """Bytes a second, read and written, of a copy far larger than any cache on a GPU."""
+    """Bytes a second, read and written, of a copy far larger than a GPU's caches."""
     source = torch.ones(2 ** (30 if device.type == "cuda" else 26), dtype=torch.int8,
                         device=device)
     target = torch.empty_like(source)
@@ -115,17 +108,18 @@ def copy_bandwidth(device):
 
 
 def print_table(title, columns, rows):
-    """A markdown table, a row as soon as it is there; rows: (label, function giving cells)."""
+    """A markdown table, each row as soon as it is there; rows: {label: function giving cells}."""
     print(f"\n### {title}\n\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for label, measure in rows:
+    for label, measure in rows.items():
+        gc.collect()  # what the last row left may be in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             cells = measure()
         except torch.OutOfMemoryError:
             cells = ["out of memory"] + [""] * (len(columns) - 2)
-        print("| " + " | ".join([label, *cells]) + " |", flush=True)
-        gc.collect()  # what a failed pass leaves is in cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        print("| " + " | ".join([str(label), *cells]) + " |", flush=True)
 
 
 def installed(package):
@@ -135,14 +129,14 @@ def installed(package):
         return "none"
 
 
-def print_header(s, size, bandwidth):
-    cuda = s.ranks.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"## {size} on {device}\n\n`{' '.join(sys.argv)}`\n")
-    print(f"torch {torch.__version__}, triton {installed('triton')}, flash-attn "
-          f"{installed('flash-attn')}, commit {find_commit()}; "
-          f"{count_parameters(s.config):,} parameters; copy {bandwidth / 1e9:,.0f} GB/s; "
-          f"{str(s.dtype).split('.')[-1]}, references in {str(s.wide).split('.')[-1]}")
+def print_header(s, size):
+    is_cuda = s.ranks.device.type == "cuda"
+    name = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
+    commit = find_commit() if shutil.which("git") else "unknown"
+    print(f"## {size} on {name}\n\n`{' '.join(sys.argv)}`, commit {commit}\n")
+    print(f"torch {torch.__version__}, triton {installed('triton')}, "
+          f"flash-attn {installed('flash-attn')}; {count_parameters(s.config):,} parameters; "
+          f"copy {s.bandwidth / 1e9:,.0f} GB/s; {s.dtype}, references in {s.wide}", flush=True)
 
 
 # ---------------------------------------------------------------- a model without a folder
@@ -165,15 +159,12 @@ def make_model(config, device, dtype, ranks=None, recompute=False):
     network.frequencies = rope_frequencies(config)[0].to(device)
     for name, parameter in network.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.dim() > 1:
-            local.normal_(0, 0.02)
-        else:
-            local.fill_(float("norm" in name))
+        local.normal_(0, 0.02) if parameter.dim() > 1 else local.fill_(float("norm" in name))
     return network
 
 
-def count_read(config):
-    """Parameters that every token multiplies: all but an input embedding that is not the head."""
+def count_multiplied(config):
+    """Parameters that every token is multiplied by: not an embedding apart from the head."""
     embedding = config["vocab_size"] * config["hidden_size"]
     return count_parameters(config) - (0 if config["tie_word_embeddings"] else embedding)
 
@@ -181,7 +172,7 @@ def count_read(config):
 # ---------------------------------------------------------------- attention
 
 def naive_one(q, k, v):
-    """softmax(q k / sqrt(D)) v by the book; q (T, H, D) are the last T of k's positions."""
+    """softmax(q k / sqrt(D)) v by the book; q (T, H, D) stand at the last T of k's places."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
     T, keys = scores.shape[1:]
@@ -190,7 +181,7 @@ def naive_one(q, k, v):
 
 
 def naive(q, k, v, span):
-    """model.attention a sequence at a time, for both kinds of call."""
+    """model.attention, a sequence at a time, for both kinds of call."""
     if span.lengths is None:
         parts = zip(*(x.split(span.cu_seqlens.diff().tolist()) for x in (q, k, v)))
     else:
@@ -198,145 +189,134 @@ def naive(q, k, v, span):
     return torch.cat([naive_one(*part) for part in parts])
 
 
-def attend(backend, q, k, v, span):
-    """model.attention held to one backend: flash-attn's name hidden, or tensors denying CUDA."""
+@contextlib.contextmanager
+def attention_by(backend):
+    """The function to call, with model.attention held to one backend meanwhile: flash-attn's
+    names hidden, or tensors that deny being on CUDA."""
     with contextlib.ExitStack() as stack:
         if backend != "flash-attn":
             for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
                 stack.enter_context(mock.patch.object(model, name, None))
         if backend == "SDPA":
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", False))
-        return model.attention(q, k, v, span)
-
-
-def find_backends(device, flash, others):
-    """{name: function} of the backends that can run here, the naive one first."""
-    names = (["flash-attn"] if flash else []) + others if device.type == "cuda" else ["SDPA"]
-    return {"naive": naive} | {name: partial(attend, name) for name in names}
+        yield naive if backend == "naive" else model.attention
 
 
 def make_pack(s, lengths):
-    """q (N, H, D), k and v (N, K, D), and the Span of a pack."""
-    H, K = s.config["num_attention_heads"], s.config["num_key_value_heads"]
+    """q (N, H, D), k and v (N, K, D) that require gradients, and the Span of a pack."""
     cu_seqlens = torch.tensor([0, *lengths], device=s.ranks.device).cumsum(0).int()
-    qkv = [s.draw(sum(lengths), heads, head_size(s.config)).requires_grad_()
-           for heads in (H, K, K)]
+    heads = [s.config["num_attention_heads"]] + [s.config["num_key_value_heads"]] * 2
+    qkv = [s.draw(sum(lengths), n, head_size(s.config)).requires_grad_() for n in heads]
     return qkv, Span(cu_seqlens, max(lengths), None, None)
 
 
 def make_decode(s, lengths):
     """q (S, H, D), caches k and v (S, keys, K, D), and the Span of a decode step."""
-    device, keys, S = s.ranks.device, s.work["keys"], len(lengths)
+    device, S, keys = s.ranks.device, len(lengths), s.work["keys"]
     is_past = torch.arange(keys, device=device) < lengths[:, None]
     mask = torch.zeros(is_past.shape, dtype=s.dtype, device=device)
     mask = mask.masked_fill_(~is_past, -torch.inf)[:, None, None]  # (S, 1, 1, keys)
-    cache = [s.draw(S, keys, s.config["num_key_value_heads"], head_size(s.config))
-             for _ in "kv"]
+    k, v = (s.draw(S, keys, s.config["num_key_value_heads"], head_size(s.config)) for _ in "kv")
     q = s.draw(S, s.config["num_attention_heads"], head_size(s.config))
-    cu_seqlens = torch.arange(S + 1, dtype=torch.int32, device=device)
-    return [q, *cache], Span(cu_seqlens, 1, lengths, mask)
-
-
-def forward_backward(function, qkv, span):
-    """The output and the gradients of q, k and v, for one fixed gradient of the output."""
-    out = function(*qkv, span)
-    grad = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
-    return out, *torch.autograd.grad(out, qkv, grad)
-
-
-def errors(found, expected):
-    """Absolute errors of a list of tensors, max / mean."""
-    gaps = torch.cat([(x - y).abs().flatten() for x, y in zip(found, expected)])
-    return f"{gaps.max():.1e} / {gaps.mean():.1e}"
+    return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), 1, lengths, mask)
 
 
 def widen(tensors, dtype):
     return [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in tensors]
 
 
-def pack_row(s, function):
-    qkv, span = make_pack(s, RAGGED)
-    found = forward_backward(function, qkv, span)
-    expected = forward_backward(naive, widen(qkv, s.wide), span)
-    cells = [errors(found[:1], expected[:1]), errors(found[1:], expected[1:])]
-    if function is naive:
-        return [*cells, "-", "-"]  # (H, T, T) weights: not at length
-    seq_len = s.work["seq_len"]
-    qkv, span = make_pack(s, [seq_len] * (s.work["tokens"] // seq_len))
-    both = time_calls(lambda: forward_backward(function, qkv, span))
-    with torch.no_grad():
-        forward = time_calls(lambda: function(*qkv, span))
-    return [*cells, f"{forward * 1e3:.2f}", f"{both * 1e3:.2f}"]
+def errors(found, expected):
+    """Absolute errors over a list of tensors, max / mean."""
+    gaps = torch.cat([(x - y).detach().abs().flatten() for x, y in zip(found, expected)])
+    return f"{gaps.max():.1e} / {gaps.mean():.1e}"
+
+
+def training_row(s, backend):
+    def both_ways(function, qkv, span, grad):
+        out = function(*qkv, span)
+        return out, *torch.autograd.grad(out, qkv, grad)
+
+    with attention_by(backend) as function:
+        qkv, span = make_pack(s, RAGGED)
+        grad = s.draw(*qkv[0].shape)
+        found = both_ways(function, qkv, span, grad)
+        expected = both_ways(naive, widen(qkv, s.wide), span, grad.to(s.wide))
+        cells = [errors(found[:1], expected[:1]), errors(found[1:], expected[1:])]
+        if backend == "naive":
+            return [*cells, "-", "-"]  # (H, T, T) is only for short sequences
+        seq_len = s.work["seq_len"]
+        qkv, span = make_pack(s, [seq_len] * (s.work["tokens"] // seq_len))
+        grad = s.draw(*qkv[0].shape)
+        seconds = time_calls(lambda: both_ways(function, qkv, span, grad))
+        with torch.no_grad():
+            forward = time_calls(lambda: function(*qkv, span))
+    return [*cells, f"{forward * 1e3:.2f}", f"{seconds * 1e3:.2f}"]
 
 
 @torch.inference_mode()
-def decode_row(s, function, bandwidth):
-    device, keys, S = s.ranks.device, s.work["keys"], ROWS[0]
-    qkv, span = make_decode(s, torch.linspace(1, keys, S, device=device).int())
-    expected = naive(*widen(qkv, s.wide), span)
-    cells = [errors([function(*qkv, span)], [expected])]
-    if function is naive:
-        return [*cells, "-", "-"]
-    qkv, span = make_decode(s, torch.full((S,), keys, dtype=torch.int32, device=device))
-    seconds = time_calls(lambda: function(*qkv, span))
+def decode_row(s, backend, rows=64):
+    device, keys = s.ranks.device, s.work["keys"]
+    with attention_by(backend) as function:
+        qkv, span = make_decode(s, torch.linspace(1, keys, rows, device=device).int())
+        error = errors([function(*qkv, span)], [naive(*widen(qkv, s.wide), span)])
+        if backend == "naive":
+            return [error, "-", "-"]
+        qkv, span = make_decode(s, torch.full((rows,), keys, dtype=torch.int32, device=device))
+        seconds = time_calls(lambda: function(*qkv, span))
     num_bytes = sum(x.nbytes for x in qkv[1:])
-    return [*cells, f"{seconds * 1e3:.3f}", f"{num_bytes / seconds / bandwidth:.0%}"]
+    return [error, f"{seconds * 1e3:.3f}", f"{num_bytes / seconds / s.bandwidth:.0%}"]
 
 
-def attention_part(s, bandwidth):
-    device, work = s.ranks.device, s.work
-    found = find_backends(device, model.flash_attn_varlen_func, ["torch varlen", "SDPA"])
-    print_table(f"Attention, training: lengths {RAGGED}; ms at {work['tokens']} tokens in "
-                f"sequences of {work['seq_len']}",
+def attention_part(s):
+    is_cuda, work = s.ranks.device.type == "cuda", s.work
+    flash = ["flash-attn"] if is_cuda and model.flash_attn_varlen_func else []
+    backends = ["naive", *flash, *(["torch varlen"] if is_cuda else []), "SDPA"]
+    print_table(f"Attention, training: errors at lengths {RAGGED}, ms at {work['tokens']} tokens "
+                f"in sequences of {work['seq_len']}",
                 ["backend", "output error", "gradient error", "ms forward", "ms both ways"],
-                [(name, partial(pack_row, s, function)) for name, function in found.items()])
-    found = find_backends(device, model.flash_attn_with_kvcache, ["SDPA"])
-    print_table(f"Attention, decode: {ROWS[0]} rows of 1 to {work['keys']} keys; ms with all full",
-                ["backend", "output error", "ms", "share of copy bandwidth"],
-                [(name, partial(decode_row, s, function, bandwidth))
-                 for name, function in found.items()])
+                {backend: partial(training_row, s, backend) for backend in backends})
+    print_table(f"Attention, decode: errors at 64 rows of 1 to {work['keys']} keys, ms with all "
+                "full", ["backend", "output error", "ms", "share of copy bandwidth"],
+                {backend: partial(decode_row, s, backend)
+                 for backend in ["naive", *flash, "SDPA"]})
 
 
 # ---------------------------------------------------------------- decode
 
-def rollout_row(s, network, rows, bandwidth):
-    """generate, timed between the engine's looks: the first holds the prefill, the last the end."""
-    work, V = s.work, s.config["vocab_size"]
+def rollout_row(s, rows):
+    """generate, timed between the looks of its engine: the prefill comes before the first, the
+    completions after the last."""
+    work, V, looks = s.work, s.config["vocab_size"], []
+    network = make_model(s.config, s.ranks.device, s.dtype)
     prompts = s.draw_tokens(rows, work["prompt"]).tolist()
     never = SimpleNamespace(may_stop=torch.zeros(V, dtype=torch.bool), find=lambda *_: 0)
-    looks = []
 
     def on_look(engine):
         synchronize()
         looks.append(time.perf_counter())
 
-    def roll_out(max_tokens):
+    for max_tokens in (LOOK_EVERY, work["new_tokens"]):  # the first warms up
         looks[:] = [time.perf_counter()]
-        jobs = [(place, 0) for place in range(rows)]
-        return list(generate(network, prompts, jobs, never, max_tokens, slots=rows,
-                             on_look=on_look))
-
-    roll_out(2 * LOOK_EVERY)
-    peak = measure_peak(lambda: roll_out(work["new_tokens"]))
+        list(generate(network, prompts, [(place, 0) for place in range(rows)], never, max_tokens,
+                      slots=rows, on_look=on_look))
+    peak = gigabytes(torch.cuda.max_memory_allocated)
     step = (looks[-2] - looks[1]) / (LOOK_EVERY * (len(looks) - 3))
     prefill = looks[1] - looks[0] - LOOK_EVERY * step
-    keys = torch.zeros(rows, 2, dtype=torch.int32, device=s.ranks.device)
-    sampling = time_calls(lambda: sample_tokens(s.draw(rows, V), keys, keys[:, 0], 1.0, 1.0, 0))
-    per_token = memory_plan(s.config, 1, 1, 1)["cache bytes per completion"]  # in bf16
-    cache_bytes = rows * (work["prompt"] + work["new_tokens"] / 2) * per_token
-    weight_bytes = count_read(s.config) * s.dtype.itemsize
-    bound = (weight_bytes + cache_bytes * s.dtype.itemsize / 2) / bandwidth
+    logits, keys = s.draw(rows, V), s.draw_tokens(rows, 2).int()
+    sampling = time_calls(lambda: sample_tokens(logits, keys, keys[:, 0], 1.0, 1.0, 0))
+    values = 2 * s.config["num_hidden_layers"] * s.config["num_key_value_heads"] \
+        * head_size(s.config)  # of keys and values a token
+    cached = rows * (work["prompt"] + work["new_tokens"] / 2) * values
+    bound = (count_multiplied(s.config) + cached) * s.dtype.itemsize / s.bandwidth
     return [f"{rows / step:,.0f}", f"{step * 1e3:.2f}", f"{sampling * 1e3:.2f}",
             f"{bound * 1e3:.3f}", f"{bound / step:.1%}", f"{prefill:.2f}", peak]
 
 
-def decode_part(s, bandwidth):
-    network = make_model(s.config, s.ranks.device, s.dtype)
+def decode_part(s):
     print_table(f"Decode: prompts of {s.work['prompt']}, {s.work['new_tokens']} new tokens",
                 ["rows", "tokens/s", "ms a step", "of it sampling", "bound ms", "share of bound",
                  "prefill s", "peak GB"],
-                [(str(rows), partial(rollout_row, s, network, rows, bandwidth))
-                 for rows in ROWS])
+                {rows: partial(rollout_row, s, rows) for rows in ROWS})
 
 
 # ---------------------------------------------------------------- head
@@ -347,95 +327,93 @@ def chunked_head(x, weight, targets):
 
 def full_head(x, weight, targets):
     """The same log-probs with all logits (N, V) there at one time."""
-    logits = ChunkedLogProbs.logits(x, weight, 1.0)
+    logits = x @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 def run_head(head, x, weight, targets):
     """Log-probs (N,), and the gradients of x (N, C) and weight (V, C) of their mean."""
     logprobs = head(x, weight, targets)
-    return logprobs, *torch.autograd.grad(logprobs.mean(), (x, weight))
+    return logprobs.detach(), *torch.autograd.grad(logprobs.mean(), (x, weight))
 
 
 def head_row(s, head):
-    V, C = s.config["vocab_size"], s.config["hidden_size"]
-    x = s.draw(s.work["tokens"], C).requires_grad_()
-    weight = s.draw(V, C, std=0.02).requires_grad_()
+    x = s.draw(s.work["tokens"], s.config["hidden_size"]).requires_grad_()
+    weight = s.draw(s.config["vocab_size"], x.shape[1], std=0.02).detach().requires_grad_()
     targets = s.draw_tokens(len(x))
-    few = x[:CHECK_TOKENS].detach().requires_grad_()
-    found = run_head(head, few, weight, targets[:CHECK_TOKENS])
-    expected = run_head(full_head, *widen((few, weight), s.wide), targets[:CHECK_TOKENS])
-    cells = [errors(found[:1], expected[:1])] + [
-        f"{(y - z).norm() / z.norm():.1e}" for y, z in zip(found[1:], expected[1:])]
-    del found, expected
-    peak = measure_peak(lambda: run_head(head, x, weight, targets))
     seconds = time_calls(lambda: run_head(head, x, weight, targets), repeats=3)
-    return [*cells, f"{seconds * 1e3:.1f}", peak]
+    peak = gigabytes(torch.cuda.max_memory_allocated)
+    few, few_targets = x[:CHECK_TOKENS].detach().requires_grad_(), targets[:CHECK_TOKENS]
+    found = run_head(head, few, weight, few_targets)
+    expected = run_head(full_head, *widen((few, weight), s.wide), few_targets)
+    relative = [f"{(y - z).norm() / z.norm():.1e}" for y, z in zip(found[1:], expected[1:])]
+    return [errors(found[:1], expected[:1]), *relative, f"{seconds * 1e3:.1f}", peak]
 
 
-def head_part(s, bandwidth):
+def head_part(s):
     print_table(f"Head: {s.work['tokens']} tokens x {s.config['vocab_size']}, both ways; errors "
                 f"at {CHECK_TOKENS} tokens, those of gradients relative",
                 ["head", "log-prob error", "input gradient", "weight gradient", "ms", "peak GB"],
-                [("chunked", partial(head_row, s, chunked_head)),
-                 ("full logits", partial(head_row, s, full_head))])
+                {"chunked": partial(head_row, s, chunked_head),
+                 "full logits": partial(head_row, s, full_head)})
 
 
 # ---------------------------------------------------------------- train
 
 def train_step(network, optimizer, tokens, cu_seqlens, targets):
-    """Forward, backward, update; the GB held when only the static state is left."""
+    """Forward, backward, update; returns the GB held when only the static state is left."""
     logprobs, _ = network(tokens, cu_seqlens, targets=targets)
     (-logprobs.sum() / len(tokens)).backward()
-    static = allocated_gb()
+    static = gigabytes(torch.cuda.memory_allocated)  # weights, gradient, moments after a step
     apply_gradient(network, optimizer, 1e-5, 1.0)
     return static
 
 
 def train_row(s, recompute):
     device, N, T = s.ranks.device, s.work["tokens"], s.work["seq_len"]
-    ranks = s.ranks if device.type == "cuda" else None
-    network = make_model(s.config, device, torch.float32, ranks, recompute)
+    network = make_model(s.config, device, torch.float32,
+                         s.ranks if device.type == "cuda" else None, recompute)
     tokens = s.draw_tokens(N)
-    cu_seqlens = torch.arange(0, N + 1, T, dtype=torch.int32, device=device)
     targets = tokens.roll(-1)
-    targets[T - 1::T] = -1
-    step = partial(train_step, network, make_optimizer(network, 0.1, 0.95), tokens, cu_seqlens,
-                   targets)
-    seconds = time_calls(step, repeats=3)
-    peak, static = measure_peak(step), step()
-    layers, C = s.config["num_hidden_layers"], s.config["hidden_size"]
-    flops = N * 6 * (count_read(s.config) + layers * C * T)
-    mfu = f"{flops / seconds / PEAK_FLOPS:.1%}" if device.type == "cuda" else "-"
-    return [f"{seconds:.3f}", f"{N / seconds:,.0f}", mfu, peak, static,
+    targets[T - 1::T] = -1  # a sequence's last token has no next one
+    step = partial(train_step, network, make_optimizer(network, 0.1, 0.95), tokens,
+                   torch.arange(0, N + 1, T, dtype=torch.int32, device=device), targets)
+    seconds, static = time_calls(step, repeats=3), step()
+    flops = 6 * N * (count_multiplied(s.config)
+                     + s.config["num_hidden_layers"] * s.config["hidden_size"] * T)
+    return [f"{seconds:.3f}", f"{N / seconds:,.0f}",
+            f"{flops / seconds / PEAK_FLOPS:.1%}" if device.type == "cuda" else "-",
+            gigabytes(torch.cuda.max_memory_allocated), static,
             f"{16 * count_parameters(s.config) / 1e9:.2f}"]
 
 
-def train_part(s, bandwidth):
+def train_part(s):
     print_table(f"Train: a step on {s.work['tokens']} tokens in sequences of {s.work['seq_len']}",
-                ["recompute", "seconds", "tokens/s", "MFU", "peak GB", "static GB",
-                 "16 N bytes, GB"],
-                [(name, partial(train_row, s, name == "on")) for name in ("on", "off")])
+                ["recompute", "seconds", "tokens/s", "MFU", "peak GB", "static GB", "16 N GB"],
+                {"on": partial(train_row, s, True), "off": partial(train_row, s, False)})
+
+
+PARTS = dict(attention=attention_part, decode=decode_part, head=head_part, train=train_part)
 
 
 @script
 def main(argv):
     config = parse_config(CONFIG, argv)
-    parts = dict(attention=attention_part, decode=decode_part, head=head_part, train=train_part)
-    chosen = config["parts"].split(",")
-    if config["size"] not in SIZES:
-        raise InputError(f"size={config['size']}: expected one of {', '.join(SIZES)}")
-    if set(chosen) - set(parts):
-        raise InputError(f"parts={config['parts']}: expected some of {','.join(parts)}")
+    size, parts = config["size"], config["parts"].split(",")
+    if size not in SIZES:
+        raise InputError(f"size={size}: expected one of {', '.join(SIZES)}")
+    if not set(parts) <= set(PARTS):
+        raise InputError(f"parts={config['parts']}: expected some of {','.join(PARTS)}")
     ranks = setup()
-    dtypes = {"cuda": (torch.bfloat16, torch.float32), "cpu": (torch.float32, torch.float64)}
-    s = Setting(make_config(*SIZES[config["size"]]), ranks, *dtypes[ranks.device.type],
-                TINY_WORK if config["size"] == "tiny" else WORK)
-    bandwidth = copy_bandwidth(ranks.device)
-    print_header(s, config["size"], bandwidth)
-    for name in chosen:
+    narrow, wide = ((torch.bfloat16, torch.float32) if ranks.device.type == "cuda"
+                    else (torch.float32, torch.float64))
+    s = Setting(make_config(*SIZES[size]), TINY_WORK if size == "tiny" else WORK, ranks, narrow,
+                wide, copy_bandwidth(ranks.device))
+    print_header(s, size)
+    for part in parts:
         torch.manual_seed(0)
-        parts[name](s, bandwidth)
+        PARTS[part](s)
 
 
 if __name__ == "__main__":
