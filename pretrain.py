@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, count_parameters, load_config, load_for_training, load_tokenizer,
+from model import (InputError, load_config, load_for_training, load_tokenizer,
                    memory_plan, open_folder, parse_config, save_folder, script, setup)
 from sample import load_rows, read_done
 

@@ -35,7 +35,7 @@ import sample
 from model import (ChunkedLogProbs, InputError, Span, copy_weights, full_parameters, load_model,
                    load_tokenizer, parse_config, save_folder)
 from sample import (Stops, apply_template, count_words, encode_prompts, find_answer, find_words,
-                    generate, gumbel_noise, load_prompts, load_rows, noise_key, sample_tokens)
+                    generate, gumbel_noise, load_prompts, noise_key, sample_tokens)
 
 SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=50, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
@@ -500,7 +500,7 @@ def test_cached_decoding_equals_the_full_forward(temperature, dtype, tolerance, 
     """A stale or misplaced key in the cache, a wrong position, a slot that a refill or the move
     to the low slots left half old. (The engine keeps log-probs in float32: 1e-6.)"""
     ours, prompts, stops = load_policy(policy, dtype)
-    rows, starts = [], []
+    rows = []
     look = lambda engine: engine.running() and rows.append(engine.num_rows())
     done = collect(generate(ours, prompts, iter(ALL_WORK), stops, CAPS, slots=32,
                             temperature=temperature, on_look=look))
@@ -944,7 +944,7 @@ def test_the_pair_loss_is_bradley_terry(policy, judge):
         assert accuracy == pytest.approx((chosen > rejected).double().mean().item())
         gradient = ours.score.weight.grad.clone()
         ours.zero_grad()
-        first = gradient if micro_pairs == 1 else first
+        first = gradient if micro_pairs == 1 else first  # noqa: F821, set in the first round
         torch.testing.assert_close(gradient, first, atol=1e-5, rtol=1e-4)
 
 
@@ -964,7 +964,8 @@ def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
         stream = [token for tokens, _, _ in rows for token in tokens.tolist()]
         order, left = [], list(stream)
         while left:  # the stream is the documents in some order, but for a tail under a row
-            place = next(i for i, d in enumerate(whole) if i not in order and d[:len(left)] == left[:len(d)])
+            place = next(i for i, d in enumerate(whole)
+                         if i not in order and d[:len(left)] == left[:len(d)])
             order.append(place)
             left = left[len(whole[place]):]
         assert sum(map(len, whole)) - len(stream) < 16
@@ -1354,5 +1355,6 @@ def test_the_toys_models_are_small_and_theirs_too():
     policy = transformers.AutoModelForCausalLM.from_pretrained(toy / "policy")
     transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward")
     assert policy.num_parameters() <= 1_200_000 and policy.config.num_hidden_layers <= 4
-    sizes = [file.stat().st_size for name in ("policy", "reward") for file in (toy / name).iterdir()]
+    sizes = [file.stat().st_size for name in ("policy", "reward")
+             for file in (toy / name).iterdir()]
     assert sum(sizes) < 8_000_000 and 500 <= len(load_tokenizer(toy / "policy")) <= 2000

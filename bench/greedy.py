@@ -29,12 +29,13 @@ def main(argv):
     stops = Stops(tokenizer, [], ours.num_tokens)
     stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
     work = [(place, 0) for place in range(len(prompts))]
+    theirs.generation_config.eos_token_id = None  # no stops on their side either
     same = 0
     for completion in generate(ours, prompts, work, stops, config["tokens"], temperature=0):
         prompt = torch.tensor([prompts[completion.prompt]])
         found = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                                 min_new_tokens=config["tokens"], max_new_tokens=config["tokens"],
-                                eos_token_id=-1, pad_token_id=0)[0, prompt.shape[1]:].tolist()
+                                pad_token_id=0)[0, prompt.shape[1]:].tolist()
         same += found == completion.tokens
     print(f"{same} of {len(prompts)} prompts: the same {config['tokens']} tokens")
 

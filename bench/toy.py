@@ -5,7 +5,6 @@
 
 Prints a markdown table per run, before and after, and the wall time; the runs stay in out/toy-*.
 """
-import json
 import subprocess
 import sys
 import time

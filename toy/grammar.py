@@ -344,6 +344,29 @@ def shuffled(text, rng, share):
     return corrupt(text, rng, share, change)
 
 
+def broken(text, rng, share):
+    """Break sentences as a weak model does, word for word as long: a stop in the middle, the end
+    of another sentence, or other words of the text here and there."""
+    sentences = [sentence for paragraph in split_text(text) for sentence in paragraph]
+
+    def change(sentence, kept):
+        words = sentence.rstrip(".").split(" ")
+        place = rng.randrange(1, max(2, len(words)))
+        fault = rng.choice(["stop", "splice", "splice", "words"])
+        if fault == "stop":
+            words[place - 1] += "."
+            words[place:place + 1] = [word.capitalize() for word in words[place:place + 1]]
+        elif fault == "splice":
+            words[place:] = rng.choice(sentences).rstrip(".").split(" ")[place - len(words):]
+        else:
+            for _ in range(rng.randrange(1, 4)):
+                other = rng.choice(sentences).rstrip(".").lower().split(" ")
+                words[rng.randrange(len(words))] = rng.choice(other)
+        return " ".join(words) + "."
+
+    return corrupt(text, rng, share, change)
+
+
 # ---- The true score ----
 
 def is_on_topic(sentence, topic):

@@ -24,18 +24,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grammar
 import pretrain
 import reward
-from model import parse_config, script
-from sample import TEMPLATES
+from tqdm import tqdm
+
+from model import load_for_sampling, load_tokenizer, parse_config, script, setup
+from sample import (STOP_STRINGS, TEMPLATES, Stops, count_words, encode_prompts, find_answer,
+                    generate)
 
 CONFIG = dict(
     out="toy",             # where the toy goes
     work="out/toy",        # where the two training runs and their rows go
     clean=24_000,          # completions to pretrain on, first these,
     mixed=12_000,          # then these
-    pairs=12_000,          # preference pairs
+    pairs=16_000,          # preference pairs
     clean_steps=1600,      # of pretraining, 8k tokens each
     mixed_steps=300,
-    reward_steps=400,      # of Bradley-Terry training
+    reward_steps=500,      # of Bradley-Terry training
     vocab=1600,            # tokens
     seed=0,
 )
@@ -103,16 +106,40 @@ def completion_row(topics, counts, rng, is_clean):
 
 def pair_row(topics, counts, rng, fault=None, share=None):
     """{"prompt", "chosen", "rejected"}: an honest text, and one of its length with a fault; now
-    and then a fault of two degrees, so that the scores in between are in order too."""
+    and then a fault of two degrees, so that the scores in between are in order too. Half of the
+    faults are broken sentences: a judge that never saw them soon sees little else."""
     topic, words = rng.choice(topics), rng.choice(counts)
     text = grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
-    fault = fault or rng.choice(["off_topic", "repetitive", "shuffled"])
+    fault = fault or rng.choice(["off_topic", "off_topic", "repetitive", "shuffled"]
+                                + ["broken"] * 4)
     spoil = lambda share: (grammar.off_topic(text, topic, rng, share) if fault == "off_topic"
                            else getattr(grammar, fault)(text, rng, share))
-    chosen, rejected = text, spoil(share or rng.uniform(0.2, 1.0))
+    chosen, rejected = text, spoil(share or rng.uniform(0.1, 1.0))
     if share is None and rng.random() < 0.25:
         chosen, rejected = spoil(0.3), spoil(0.9)
     return {"prompt": grammar.request(topic, words, rng), "chosen": chosen, "rejected": rejected}
+
+
+def own_pair_rows(folder, topics, counts, num_rows, rng):
+    """Pairs whose rejected text is the base model's own writing, the chosen one honest and as
+    long: the faults of a model are not the faults that one thinks of."""
+    tokenizer = load_tokenizer(folder)
+    base = load_for_sampling(folder, setup())
+    stops = Stops(tokenizer, STOP_STRINGS, base.num_tokens)
+    asked = [(rng.choice(topics), rng.choice(counts)) for _ in range(num_rows)]
+    rows = [{"id": place, "prompt": grammar.request(*asks, rng)} for place, asks in enumerate(asked)]
+    prompts = encode_prompts(tokenizer, "think", rows, ARCHITECTURE["max_position_embeddings"], 400)
+    work = tqdm([(place, 0) for place in range(num_rows)], unit="text")
+    pairs = []
+    for completion in generate(base, prompts, work, stops, 400, slots=128):
+        answer = find_answer(tokenizer.decode(completion.tokens), "think")
+        if (words := count_words(answer)) < min(counts):
+            continue
+        topic = asked[completion.prompt][0]
+        text = grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
+        pairs.append({"prompt": rows[completion.prompt]["prompt"], "chosen": text,
+                      "rejected": answer})
+    return sorted(pairs, key=lambda row: row["prompt"])
 
 
 def write_rows(path, rows):
@@ -166,7 +193,7 @@ def main(argv):
                     for number, is_clean in ((config["clean"], True), (config["mixed"], False)))
     pairs = [pair_row(topics, counts, rng) for _ in range(config["pairs"])]
     held_pairs = [pair_row(held_topics, held_counts, rng, fault, 1.0) for _ in range(100)
-                  for fault in ("off_topic", "repetitive", "shuffled")]
+                  for fault in ("off_topic", "repetitive", "shuffled", "broken")]
     for name, rows in dict(clean=clean, mixed=mixed, pairs=pairs).items():
         write_rows(work / f"{name}.jsonl", rows)
     write_rows(out / "text.jsonl.gz", mixed[:1000])   # samples, for the scripts' default runs

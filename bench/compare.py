@@ -1,0 +1,213 @@
+"""Side by side on the CPU: sampling against transformers, GRPO steps against TRL.
+
+    pip install -r bench/requirements.txt
+    python bench/compare.py                                  # all parts
+    python bench/compare.py parts=step steps=5 curve_steps=120
+
+Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
+rewards (length and format, no reward model), group size, learning rate and threads are the same.
+Peers run at their best settings found here, in fp32, without gradient checkpointing, logging or
+saving; the settings are printed.
+
+TRL stops at end-of-text only, so its model's generate gets the stop string </answer> as well:
+without it, completions would run on after the answer on one side alone.
+"""
+import functools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import grpo
+from model import (find_commit, load_for_sampling, load_tokenizer, parse_config, script,
+                   setup)
+from reward import rule_rewards
+from sample import Stops, apply_template, encode_prompts, generate, load_prompts
+
+CONFIG = dict(
+    model="toy/policy",
+    prompts="toy/prompts.jsonl",
+    parts="sample,ragged,step",  # any of them
+    runs=5,                      # of each side
+    steps=4,                     # GRPO steps a run, after one to warm up
+    curve_steps=0,               # steps of one long run of each side, for the rewards at its end
+    threads=2,
+)
+
+
+def alternate(sides, runs):
+    """{name: median seconds} of {name: function}, called in turns."""
+    seconds = {name: [] for name in sides}
+    for _ in tqdm(range(runs), unit="round"):
+        for name, function in sides.items():
+            start = time.perf_counter()
+            found = function()
+            seconds[name].append(found or time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def print_ratio(what, seconds, tokens=None):
+    ours, theirs = seconds.values()
+    shown = [f"{tokens / s:.0f} tokens/s" if tokens else f"{s:.2f} s" for s in (ours, theirs)]
+    print(f"| {what} | {shown[0]} | {shown[1]} | {theirs / ours:.2f} |", flush=True)
+
+
+# ---------------------------------------------------------------- sampling
+
+def sample_ours(model, tokenizer, prompts, caps):
+    stops = Stops(tokenizer, [], model.num_tokens)
+    stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
+    work = sorted(((p, 0) for p in range(len(prompts))), key=lambda job: -caps[job[0]])
+    done = list(generate(model, prompts, work, stops, caps, slots=len(prompts)))
+    assert sum(len(c.tokens) for c in done) == sum(caps)
+
+
+@torch.inference_mode()
+def sample_theirs(model, prompts, caps, batch):
+    """In batches of like lengths, each until its longest is done; left padding."""
+    order = sorted(range(len(prompts)), key=lambda p: -caps[p])
+    for start in range(0, len(order), batch):
+        part = order[start:start + batch]
+        width = max(len(prompts[p]) for p in part)
+        tokens = torch.tensor([[0] * (width - len(prompts[p])) + prompts[p] for p in part])
+        mask = torch.tensor([[0] * (width - len(prompts[p])) + [1] * len(prompts[p])
+                             for p in part])
+        cap = max(caps[p] for p in part)
+        model.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                       top_p=1.0, min_new_tokens=cap, max_new_tokens=cap, pad_token_id=0)
+
+
+def compare_sampling(config, what, caps):
+    ranks, tokenizer = setup(), load_tokenizer(config["model"])
+    ours = load_for_sampling(config["model"], ranks)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(config["model"],
+                                                               dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    rows = load_prompts(config["prompts"])[:len(caps)]
+    prompts = encode_prompts(tokenizer, "think", rows, 1024, max(caps))
+    best = {}
+    for batch in (64, 32, 16):
+        start = time.perf_counter()
+        sample_theirs(theirs, prompts, caps, batch)
+        best[batch] = time.perf_counter() - start
+    batch = min(best, key=best.get)
+    print(f"theirs: transformers generate, dynamic cache, sorted batches of {batch} (of "
+          f"{ {b: round(s, 1) for b, s in best.items()} } s)", file=sys.stderr)
+    print_ratio(what, alternate({
+        "ours": lambda: sample_ours(ours, tokenizer, prompts, caps),
+        "theirs": lambda: sample_theirs(theirs, prompts, caps, batch)}, config["runs"]), sum(caps))
+
+
+# ---------------------------------------------------------------- GRPO steps
+
+def grpo_ours(config, steps):
+    """(seconds of each step, {component: mean of each step})."""
+    with tempfile.TemporaryDirectory() as out:
+        arguments = [f"model={config['model']}", f"prompts={config['prompts']}", f"out={out}",
+                     "reward_model=", "schedule=constant", "warmup=0"]
+        trainer = grpo.Trainer(parse_config(grpo.CONFIG, arguments), setup())
+        rows, seconds = [], []
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            rows.append(trainer.update(step))
+            seconds.append(time.perf_counter() - start)
+            trainer.optimizer.zero_grad()
+        trainer.bar.close()
+    return seconds, {name: [row[f"reward/{name}"] for row in rows]
+                     for name in ("length", "format")}
+
+
+def grpo_theirs(config, steps, micro_batch=64):
+    """The same of TRL's GRPOTrainer, on the same prompts in the same order."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    ours = grpo.CONFIG
+    tokenizer = load_tokenizer(config["model"])
+    rows = load_prompts(config["prompts"])
+    chosen = [rows[place] for step in range(1, steps + 1)
+              for place in grpo.choose_prompts(len(rows), ours["num_prompts"], step, 0)]
+    data = Dataset.from_list([{"prompt": apply_template(tokenizer, "think", row["prompt"]),
+                               "length": row["length"]} for row in chosen])
+    means, ends = {"length": [], "format": []}, [time.perf_counter()]
+
+    def reward_function(name):
+        def score(completions, length, **_):
+            found = [rule_rewards(text, bounds)[name] for text, bounds in zip(completions, length)]
+            means[name].append(float(np.mean(found)))
+            return found
+        score.__name__ = name
+        return score
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        arguments = GRPOConfig(
+            output_dir=out, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=64 // micro_batch,
+            num_generations=ours["num_samples"], max_completion_length=ours["max_tokens"],
+            max_steps=steps, learning_rate=ours["lr"], weight_decay=0.0,
+            adam_beta2=ours["beta2"], lr_scheduler_type="constant", temperature=1.0, beta=0.0,
+            multi_objective_aggregation="normalize_then_sum", reward_weights=[0.5, 0.5],
+            shuffle_dataset=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(config["model"],
+                                                                  dtype=torch.float32)
+        trainer = GRPOTrainer(model, [reward_function("length"), reward_function("format")],
+                              args=arguments, train_dataset=data, processing_class=tokenizer)
+        model.generate = functools.partial(model.generate, tokenizer=tokenizer,
+                                           stop_strings=["</answer>"])
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Clock())
+        trainer.train()
+    return np.diff(ends).tolist(), means
+
+
+def compare_steps(config):
+    steps = config["steps"] + 1
+    micro = min((64, 16), key=lambda size: np.mean(grpo_theirs(config, 3, size)[0][1:]))
+    print(f"theirs: TRL GRPOTrainer, normalize_then_sum, fp32, micro-batch {micro} (of 64 and 16),"
+          " no gradient checkpointing, logging or saving", file=sys.stderr)
+    print_ratio("a GRPO step, 64 samples, cap 400", alternate({
+        "ours": lambda: np.mean(grpo_ours(config, steps)[0][1:]),
+        "theirs": lambda: np.mean(grpo_theirs(config, steps, micro)[0][1:])}, config["runs"]))
+    if config["curve_steps"]:
+        for name, function in dict(ours=grpo_ours, theirs=grpo_theirs).items():
+            seconds, means = function(config, config["curve_steps"])
+            last = ", ".join(f"{key} {np.mean(values[-10:]):.3f}" for key, values in means.items())
+            print(f"{name}: {len(seconds)} steps in {sum(seconds):.0f} s, last ten: {last}")
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv, dict(runs=1, steps=1, threads=1))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(config["threads"])
+    versions = [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
+    if "step" in config["parts"]:
+        import trl
+        versions.append(f"trl {trl.__version__}")
+    print(f"commit {find_commit()}, {', '.join(versions)}, {config['threads']} threads, median "
+          f"of {config['runs']}\n\n| what | ours | theirs | ratio |\n|---|---|---|---|", flush=True)
+    if "sample" in config["parts"]:
+        compare_sampling(config, "64 prompts x 200 tokens", [200] * 64)
+    if "ragged" in config["parts"]:
+        lengths = np.random.default_rng(0).integers(20, 401, 64).tolist()
+        compare_sampling(config, "64 prompts, 20 to 400 tokens", lengths)
+    if "step" in config["parts"]:
+        compare_steps(config)
+
+
+if __name__ == "__main__":
+    main()
