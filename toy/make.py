@@ -35,7 +35,8 @@ CONFIG = dict(
     work="out/toy",        # where the two training runs and their rows go
     clean=24_000,          # completions to pretrain on, first these,
     mixed=12_000,          # then these
-    pairs=16_000,          # preference pairs
+    pairs=12_000,          # preference pairs with the grammar's faults,
+    own_pairs=2_000,       # and with the base model's own writing
     clean_steps=1600,      # of pretraining, 8k tokens each
     mixed_steps=300,
     reward_steps=500,      # of Bradley-Terry training
@@ -127,8 +128,10 @@ def own_pair_rows(folder, topics, counts, num_rows, rng):
     base = load_for_sampling(folder, setup())
     stops = Stops(tokenizer, STOP_STRINGS, base.num_tokens)
     asked = [(rng.choice(topics), rng.choice(counts)) for _ in range(num_rows)]
-    rows = [{"id": place, "prompt": grammar.request(*asks, rng)} for place, asks in enumerate(asked)]
-    prompts = encode_prompts(tokenizer, "think", rows, ARCHITECTURE["max_position_embeddings"], 400)
+    rows = [{"id": place, "prompt": grammar.request(*asks, rng)}
+            for place, asks in enumerate(asked)]
+    context = ARCHITECTURE["max_position_embeddings"]
+    prompts = encode_prompts(tokenizer, "think", rows, context, max_tokens=400)
     work = tqdm([(place, 0) for place in range(num_rows)], unit="text")
     pairs = []
     for completion in generate(base, prompts, work, stops, 400, slots=128):
@@ -194,10 +197,9 @@ def main(argv):
     pairs = [pair_row(topics, counts, rng) for _ in range(config["pairs"])]
     held_pairs = [pair_row(held_topics, held_counts, rng, fault, 1.0) for _ in range(100)
                   for fault in ("off_topic", "repetitive", "shuffled", "broken")]
-    for name, rows in dict(clean=clean, mixed=mixed, pairs=pairs).items():
-        write_rows(work / f"{name}.jsonl", rows)
-    write_rows(out / "text.jsonl.gz", mixed[:1000])   # samples, for the scripts' default runs
-    write_rows(out / "pairs.jsonl.gz", pairs[:1000])
+    write_rows(work / "clean.jsonl", clean)
+    write_rows(work / "mixed.jsonl", mixed)
+    write_rows(out / "text.jsonl.gz", mixed[:1000])  # a sample, for pretrain.py's default run
     write_rows(out / "held_out_pairs.jsonl.gz", held_pairs)
 
     seed_folder = work / "random"
@@ -218,6 +220,10 @@ def main(argv):
     pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
                    f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
                    "warmup=20", *text])
+    pairs += own_pair_rows(work / "mixed" / "latest", topics, counts, config["own_pairs"], rng)
+    rng.shuffle(pairs)
+    write_rows(work / "pairs.jsonl", pairs)
+    write_rows(out / "pairs.jsonl.gz", pairs[:1000])  # a sample, for reward.py's default run
     reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
                  f"steps={config['reward_steps']}", "lr=1e-3", *shared])
