@@ -318,14 +318,15 @@ def sample_tokens(logits, keys, positions, temperature, top_p, top_k):
 # ---------------------------------------------------------------- the cache
 
 class Cache:
-    """Keys and values of up to `slots` running sequences, each of up to `cap` tokens.
+    """Keys and values of up to `slots` running sequences, each of up to `cap` tokens:
+    (layers, slots, K, cap, D).
 
     forward uses slots first..first+S-1 for its S sequences; `lengths` says what they hold."""
 
     def __init__(self, model, slots, cap):
         config = model.config
         weight = model.model.norm.weight
-        shape = (config["num_hidden_layers"], slots, cap, config["num_key_value_heads"],
+        shape = (config["num_hidden_layers"], slots, config["num_key_value_heads"], cap,
                  head_size(config))
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device)
                           for _ in "kv")
@@ -349,16 +350,16 @@ class Cache:
 
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
-        self.k[layer, self.slot, self.position] = k
-        self.v[layer, self.slot, self.position] = v
+        self.k[layer].transpose(1, 2)[self.slot, self.position] = k
+        self.v[layer].transpose(1, 2)[self.slot, self.position] = v
 
     def read(self, layer):
         """Keys and values (S, reach, K, D) of a decode step's slots."""
-        return self.k[layer, self.rows, :self.reach], self.v[layer, self.rows, :self.reach]
+        return (x[layer, self.rows, :, :self.reach].transpose(1, 2) for x in (self.k, self.v))
 
     def copy_prefix(self, source, target, length):
-        self.k[:, target, :length] = self.k[:, source, :length]
-        self.v[:, target, :length] = self.v[:, source, :length]
+        self.k[:, target, :, :length] = self.k[:, source, :, :length]
+        self.v[:, target, :, :length] = self.v[:, source, :, :length]
         self.lengths[target] = length
 
 
@@ -456,7 +457,7 @@ class Engine:
         """num_steps more tokens for every running row."""
         running, R = self.running(), self.num_rows()
         reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
-        self.cache.first, self.cache.reach = 0, min(-(-reach // 64) * 64, self.cache.k.shape[2])
+        self.cache.first, self.cache.reach = 0, min(-(-reach // 64) * 64, self.cache.k.shape[3])
         row = torch.arange(R, device=self.device)
         for _ in range(num_steps):
             logits = self.model(self.token[:R], self.cu_seqlens[:R + 1], cache=self.cache)
@@ -520,7 +521,7 @@ class Engine:
             state[:len(running)] = moved
         for slot, source in enumerate(running):  # ascending: nothing is overwritten unread
             for part in (self.cache.k, self.cache.v):
-                part[:, slot, :self.cache.reach] = part[:, source, :self.cache.reach]
+                part[:, slot, :, :self.cache.reach] = part[:, source, :, :self.cache.reach]
         idle = [None] * (self.slots - len(running))
         self.jobs, self.held = ([x[slot] for slot in running] + idle
                                 for x in (self.jobs, self.held))
