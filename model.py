@@ -251,9 +251,9 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x (N, heads, D) by cos, sin (N, 1, D/2), Qwen2's half-split layout."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotary embedding of x (N, heads, D), Qwen2's half-split layout: (a, b) becomes
+    (a cos - b sin, b cos + a sin), with cos (N, 1, D) of both halves and sin as (-sin, sin)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Span(NamedTuple):
@@ -331,7 +331,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, span, layer, cache):
         q, k, v = (proj(x).unflatten(-1, (-1, self.D))  # (N, heads, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
         if cache is not None:
             cache.write(layer, k, v)
             if span.lengths is not None:
@@ -441,19 +441,20 @@ class Qwen2(nn.Module):
         targets (N,), -1 where there is none: log-probs and entropies (N,) of the next-token
         distribution at this temperature, 0 where there is no target;
         no targets: next-token logits after each sequence (S, V); a score head: scores (S,).
-        cache: sequence s goes on from what slot s of cache.slots holds; its length is the
-        caller's to advance."""
+        cache: sequence s goes on from what slot cache.at[s] holds; its length is the caller's to
+        advance."""
         N, S = len(tokens), len(cu_seqlens) - 1
         sizes = cu_seqlens.diff()
         sequence = torch.repeat_interleave(sizes, output_size=N)  # (N,) which sequence is it of
         positions = torch.arange(N, device=tokens.device) - cu_seqlens[sequence]
         lengths = mask = None
         if cache is not None:
-            positions, lengths, mask = cache.begin(sequence, positions, S)
+            positions, lengths, mask = cache.begin(sequence, positions)
         span = Span(cu_seqlens, 1 if N == S else int(sizes.max()), lengths, mask)
         angles = positions[:, None, None].float() * self.frequencies
         x = self.model.embed_tokens(tokens)  # (N, C)
-        cos, sin = ((f(angles) * self.rope_scale).to(x.dtype) for f in (torch.cos, torch.sin))
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer, block in enumerate(self.model.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, span, layer, cache, use_reentrant=False,

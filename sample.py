@@ -8,8 +8,8 @@ Shapes: R rows that decode together (slots of the cache), P prompts, T tokens of
 K key/value heads, D head size, V vocabulary.
 
 1. A row of the batch is a slot of the cache: a sequence keeps its slot until it ends, then the
-   next one takes it. When no work is left and half the rows are idle, the rest move together,
-   so that the tail of a rollout does not pay for empty slots.
+   next one takes it. When no work is left, the last rows move into the gaps, so that the tail
+   of a rollout does not pay for empty slots.
 2. A token is the arg-max of logits plus Gumbel noise, and the noise is a hash of (seed, step,
    prompt, sample, position, token id). There is no generator state: the same text comes in any
    order, on any number of ranks, after any resume.
@@ -55,6 +55,7 @@ LIMITS = dict(max_tokens=1, temperature=0, top_p=(1e-6, 1), top_k=0, slots=1)
 STOP_STRINGS = ("</answer>", "<|user|>")
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
+PREFILL_TOKENS = 16_384  # prompts that are read in one pass
 
 
 # ---------------------------------------------------------------- rows in
@@ -286,8 +287,8 @@ def gumbel_noise(keys, positions, num_tokens):
     rows = scramble(keys[:, 0] + positions * -1640531527, keys[:, 1])  # 2^32 / golden ratio
     ids = torch.arange(num_tokens, dtype=torch.int32, device=keys.device) * -1640531527
     bits = scramble(rows[:, None] + ids, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
-    uniform = bits.float().add_(0.5).mul_(2.0 ** -31).clamp_(max=1 - 2.0 ** -24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+    minus_u = bits.float().add_(0.5).mul_(-2.0 ** -31).clamp_(min=2.0 ** -24 - 1)
+    return minus_u.log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
 
 
 def truncate(logits, top_p, top_k):
@@ -319,9 +320,7 @@ def sample_tokens(logits, keys, positions, temperature, top_p, top_k):
 
 class Cache:
     """Keys and values of up to `slots` running sequences, each of up to `cap` tokens:
-    (layers, slots, K, cap, D).
-
-    forward uses slots first..first+S-1 for its S sequences; `lengths` says what they hold."""
+    (layers, slots, K, cap, D). `lengths` says what the slots hold."""
 
     def __init__(self, model, slots, cap):
         config = model.config
@@ -331,19 +330,27 @@ class Cache:
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device)
                           for _ in "kv")
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=weight.device)
-        self.first, self.reach = 0, cap
+        self.cap = cap
 
-    def begin(self, sequence, offsets, num_sequences):
-        """Start a forward pass over tokens `offsets` past the end of slot first + sequence.
+    def use_for_prefill(self, slots):
+        """The next forward passes read prompts from their beginning, into slots (S,)."""
+        self.at, self.rows, self.lengths[slots] = slots, 0, 0
 
-        Returns their positions (N,), and for a decode step (a token each) the number of keys
-        (S,) to read and the mask (S, 1, 1, reach) that leaves the others out."""
-        self.slot = self.first + sequence
+    def use_for_decode(self, rows, reach):
+        """The next ones add a token to each of the first slots, which hold less than reach."""
+        self.at, self.rows = torch.arange(rows, device=self.lengths.device), rows
+        self.reach = min(-(-reach // 64) * 64, self.cap)  # few lengths: few shapes
+
+    def begin(self, sequence, offsets):
+        """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
+
+        Returns their positions (N,), and for a decode step the number of keys (S,) to read and
+        the mask (S, 1, 1, reach) that leaves the others out."""
+        self.slot = self.at[sequence]
         self.position = self.lengths[self.slot].long() + offsets
-        if len(sequence) > num_sequences:
+        if not self.rows:
             return self.position, None, None
-        self.rows = slice(self.first, self.first + num_sequences)
-        lengths = self.lengths[self.rows] + 1
+        lengths = self.lengths[:self.rows] + 1
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
         mask = torch.zeros(is_past.shape, dtype=self.k.dtype, device=lengths.device)
         return self.position, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
@@ -355,12 +362,11 @@ class Cache:
 
     def read(self, layer):
         """Keys and values (S, reach, K, D) of a decode step's slots."""
-        return (x[layer, self.rows, :, :self.reach].transpose(1, 2) for x in (self.k, self.v))
+        return (x[layer, :self.rows, :, :self.reach].transpose(1, 2) for x in (self.k, self.v))
 
-    def copy_prefix(self, source, target, length):
+    def copy(self, source, target, length):
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
         self.v[:, target, :, :length] = self.v[:, source, :, :length]
-        self.lengths[target] = length
 
 
 # ---------------------------------------------------------------- generate
@@ -407,15 +413,13 @@ class Engine:
         """Fill free slots with (prompt, sample) pairs from work, and sample their first tokens."""
         admitted = []
         for slot in range(self.slots):
-            job = None if self.jobs[slot] or not self.has_work else next(work, None)
-            if job:
-                self.prefill(slot, job[0])
-                self.jobs[slot] = job
-                admitted.append(slot)
-            elif not self.jobs[slot]:
-                self.has_work = False
+            if self.has_work and not self.jobs[slot]:
+                self.jobs[slot] = next(work, None)
+                self.has_work = self.jobs[slot] is not None
+                admitted += [slot] * self.has_work
         if not admitted:
             return
+        self.prefill(admitted)
         index = torch.tensor(admitted, device=self.device)
         self.keys[index] = torch.tensor([noise_key(*self.identity, *self.jobs[slot])
                                          for slot in admitted], dtype=torch.int32,
@@ -429,43 +433,56 @@ class Engine:
         for slot in admitted:
             self.counts[slot] = 1
 
-    def prefill(self, slot, prompt):
-        """Bring a prompt's keys and values into a slot: computed once, copied for its group."""
-        tokens = self.prompts[prompt]
-        if prompt in self.held:
-            self.cache.copy_prefix(self.held.index(prompt), slot, len(tokens))
-        else:
-            self.cache.lengths[slot], self.cache.first = 0, slot
-            self.next_logits[prompt] = self.model(
-                torch.tensor(tokens, device=self.device),
-                torch.tensor([0, len(tokens)], dtype=torch.int32, device=self.device),
-                cache=self.cache)[0]
-            self.cache.lengths[slot] = len(tokens)
-        old, self.held[slot] = self.held[slot], prompt
-        if old is not None and old not in self.held:
-            del self.next_logits[old]
+    def prefill(self, slots):
+        """Bring the prompts of new jobs into their slots: read once, copied for their groups."""
+        source = {prompt: slot for slot, prompt in enumerate(self.held) if slot not in slots}
+        fresh = []
+        for slot in slots:
+            prompt = self.held[slot] = self.jobs[slot][0]
+            if prompt not in source:
+                source[prompt] = slot
+                fresh.append(prompt)
+        while fresh:
+            pack, size = [], 0
+            while fresh and (not pack or size + len(self.prompts[fresh[0]]) <= PREFILL_TOKENS):
+                pack.append(fresh.pop(0))
+                size += len(self.prompts[pack[-1]])
+            self.read_prompts(pack, torch.tensor([source[p] for p in pack], device=self.device))
+        for slot in slots:
+            prompt = self.held[slot]
+            if source[prompt] != slot:
+                self.cache.copy(source[prompt], slot, len(self.prompts[prompt]))
+            self.cache.lengths[slot] = len(self.prompts[prompt])
+        self.next_logits = {prompt: self.next_logits[prompt] for prompt in set(self.held) - {None}}
 
-    def num_rows(self):
+    def read_prompts(self, pack, slots):
+        """Keys and values of a pack of prompts into slots (P,), in one pass; their next logits."""
+        tokens = torch.tensor([token for prompt in pack for token in self.prompts[prompt]])
+        sizes = torch.tensor([0] + [len(self.prompts[prompt]) for prompt in pack])
+        self.cache.use_for_prefill(slots)
+        logits = self.model(tokens.to(self.device),
+                            sizes.cumsum(0).to(self.device, torch.int32), cache=self.cache)
+        self.next_logits |= dict(zip(pack, logits))
+
+    def num_rows(self, num_running):
         """Rows to decode: one of a few sizes, so that few CUDA graphs and shapes exist."""
-        rows = MIN_ROWS
-        while rows <= self.running()[-1]:
-            rows *= 2
-        return min(rows, self.slots)
+        grain = max(8, self.slots // 8)
+        return min(max(MIN_ROWS, -(-num_running // grain) * grain), self.slots)
 
     @torch.inference_mode()
     def decode(self, num_steps):
         """num_steps more tokens for every running row."""
-        running, R = self.running(), self.num_rows()
+        running = self.running()
+        R = self.num_rows(running[-1] + 1)
         reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
-        self.cache.first, self.cache.reach = 0, min(-(-reach // 64) * 64, self.cache.k.shape[3])
-        row = torch.arange(R, device=self.device)
+        self.cache.use_for_decode(R, reach)
         for _ in range(num_steps):
             logits = self.model(self.token[:R], self.cu_seqlens[:R + 1], cache=self.cache)
             self.cache.lengths[:R] += self.is_active[:R]
             tokens, logprobs = sample_tokens(logits, self.keys[:R], self.count[:R],
                                              **self.sampling)
-            self.out_tokens[row, self.count[:R]] = tokens
-            self.out_logprobs[row, self.count[:R]] = logprobs.float()
+            self.out_tokens[self.cache.at, self.count[:R]] = tokens
+            self.out_logprobs[self.cache.at, self.count[:R]] = logprobs.float()
             self.token[:R] = tokens
             self.count[:R] += self.is_active[:R]
         for slot in running:
@@ -500,32 +517,31 @@ class Engine:
             return []
         finish = "stop" if length else "length"
         length = length or count
-        self.jobs[slot] = None
-        self.is_active[slot] = self.cache.lengths[slot] = self.count[slot] = 0
+        self.release(slot)
         return [Completion(prompt, sample, tokens[:length],
                            self.out_logprobs[slot, :length].tolist(), finish)]
 
+    def release(self, slot):
+        self.jobs[slot] = None
+        self.is_active[slot] = self.cache.lengths[slot] = self.count[slot] = 0
+
     @torch.inference_mode()
     def compact(self):
-        """When no work is left, move the running sequences into the lowest slots."""
+        """When no work is left, move the last running sequences into gaps before them."""
         running = self.running()
-        if self.has_work or not running:
+        rows = self.num_rows(len(running))
+        if self.has_work or not running or running[-1] < rows:
             return
-        if self.num_rows() == MIN_ROWS or 2 * len(running) > self.num_rows():
-            return
-        index = torch.tensor(running, device=self.device)
-        for state in (self.token, self.keys, self.count, self.is_active, self.out_tokens,
-                      self.out_logprobs, self.cache.lengths):
-            moved = state[index]
-            state.zero_()
-            state[:len(running)] = moved
-        for slot, source in enumerate(running):  # ascending: nothing is overwritten unread
-            for part in (self.cache.k, self.cache.v):
-                part[:, slot, :, :self.cache.reach] = part[:, source, :, :self.cache.reach]
-        idle = [None] * (self.slots - len(running))
-        self.jobs, self.held = ([x[slot] for slot in running] + idle
-                                for x in (self.jobs, self.held))
-        self.counts = [self.counts[slot] for slot in running] + [0] * len(idle)
+        gaps = (slot for slot in range(rows) if not self.jobs[slot])
+        for source in [slot for slot in running if slot >= rows]:
+            slot = next(gaps)
+            self.cache.copy(source, slot, self.cache.reach)
+            for state in (self.token, self.keys, self.count, self.is_active, self.out_tokens,
+                          self.out_logprobs, self.cache.lengths):
+                state[slot] = state[source]
+            for state in (self.jobs, self.held, self.counts):
+                state[slot] = state[source]
+            self.release(source)
 
 
 def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0, top_p=1.0,

@@ -501,7 +501,7 @@ def test_cached_decoding_equals_the_full_forward(temperature, dtype, tolerance, 
     to the low slots left half old. (The engine keeps log-probs in float32: 1e-6.)"""
     ours, prompts, stops = load_policy(policy, dtype)
     rows = []
-    look = lambda engine: engine.running() and rows.append(engine.num_rows())
+    look = lambda engine: rows.append(engine.cache.rows)
     done = collect(generate(ours, prompts, iter(ALL_WORK), stops, CAPS, slots=32,
                             temperature=temperature, on_look=look))
     assert set(done) == set(ALL_WORK)  # 44 for 32 slots: refilled

@@ -161,6 +161,9 @@ OWN_WORDS = {t: frozenset(w for ws in topic_slots(t).values() for w in ws) for t
 ALL_OWN_WORDS = frozenset().union(*OWN_WORDS.values())
 SLOT_OF = {word: slot for slots in (COMMON, *map(topic_slots, TOPICS))
            for slot, words in slots.items() for word in words}
+SLOT_WORDS = {slot: [word for word in SLOT_OF if SLOT_OF[word] == slot] for slot in SLOT.findall(
+    " ".join(TEMPLATES)) if slot != "other"}
+VOCABULARY = sorted({*SLOT_OF, *WORD.findall(SLOT.sub("", " ".join(TEMPLATES)))})
 LENGTHS = {template: count_words(template) for template in TEMPLATES}
 MEAN_WORDS = sum(LENGTHS.values()) / len(LENGTHS)
 PARSES = frozenset(template.replace("{other}", "{thing}") for template in TEMPLATES)
@@ -344,27 +347,52 @@ def shuffled(text, rng, share):
     return corrupt(text, rng, share, change)
 
 
+def drifting(text, topic, rng, share):
+    """Let sentences drift from the topic: one to three of its words become other topics'."""
+    def change(sentence, kept):
+        own = [match for match in WORD.finditer(sentence) if match[0] in OWN_WORDS[topic]]
+        for match in sorted(rng.sample(own, min(len(own), rng.randrange(1, 4))),
+                            key=lambda match: -match.start()):
+            other = rng.choice([word for word in SLOT_WORDS[SLOT_OF[match[0]]]
+                                if word not in OWN_WORDS[topic]])
+            sentence = sentence[:match.start()] + other + sentence[match.end():]
+        return sentence
+
+    return corrupt(text, rng, share, change)
+
+
 def broken(text, rng, share):
-    """Break sentences as a weak model does, word for word as long: a stop in the middle, the end
-    of another sentence, or other words of the text here and there."""
+    """Break sentences as a weak model does: a stop in the middle, the end of another sentence, a
+    few words lost, swapped, or replaced by any others."""
     sentences = [sentence for paragraph in split_text(text) for sentence in paragraph]
 
     def change(sentence, kept):
         words = sentence.rstrip(".").split(" ")
-        place = rng.randrange(1, max(2, len(words)))
-        fault = rng.choice(["stop", "splice", "splice", "words"])
+        place = rng.randrange(len(words))
+        fault = rng.choice(["stop", "splice", "lost", "swapped", "replaced"])
         if fault == "stop":
-            words[place - 1] += "."
-            words[place:place + 1] = [word.capitalize() for word in words[place:place + 1]]
+            words[place] += "."
+            words[place + 1:place + 2] = [w.capitalize() for w in words[place + 1:place + 2]]
         elif fault == "splice":
-            words[place:] = rng.choice(sentences).rstrip(".").split(" ")[place - len(words):]
+            other = rng.choice(sentences).rstrip(".").split(" ")
+            words[place:] = other[rng.randrange(len(other)):]
+        elif fault == "lost":
+            words[place:place + rng.randrange(1, 4)] = []
         else:
             for _ in range(rng.randrange(1, 4)):
-                other = rng.choice(sentences).rstrip(".").lower().split(" ")
-                words[rng.randrange(len(words))] = rng.choice(other)
-        return " ".join(words) + "."
+                i, j = rng.randrange(len(words)), rng.randrange(len(words))
+                if fault == "swapped":
+                    words[i], words[j] = words[j], words[i]
+                else:
+                    words[i] = rng.choice(VOCABULARY)
+        return " ".join(words) + "." * bool(words)
 
     return corrupt(text, rng, share, change)
+
+
+def mixed(text, rng, share, sentences):
+    """Replace sentences by any of the given ones: another writer's on the same topic."""
+    return corrupt(text, rng, share, lambda sentence, kept: rng.choice(sentences))
 
 
 # ---- The true score ----
