@@ -527,15 +527,16 @@ def naive_completion(ours, prompt, identity, stops, cap, temperature=1.0):
     return tokens, "length"
 
 
-def test_the_text_does_not_depend_on_slots_or_order(policy):
+def test_the_text_does_not_depend_on_slots_or_order(policy, monkeypatch):
     """Noise keyed by the slot, the order or the batch: a resume or one more GPU would change
-    the run. Also caps, stops and their finish, all against one sequence at a time."""
+    the run. Also caps, stops, packs of prompts, all against one sequence at a time."""
     ours, prompts, stops = load_policy(policy, torch.float64)
     with torch.no_grad():
         expected = {job: naive_completion(ours, prompts[job[0]], (3, 7, *job), stops,
                                           CAPS[job[0]]) for job in ALL_WORK}
     assert {finish for _, finish in expected.values()} == {"stop", "length"}
-    for slots in 16, 32, 64:
+    for slots, prefill_tokens in (16, 16_384), (32, 40), (64, 1):
+        monkeypatch.setattr(sample, "PREFILL_TOKENS", prefill_tokens)
         jobs = random.Random(slots).sample(ALL_WORK, len(ALL_WORK))
         done = collect(generate(ours, prompts, jobs, stops, CAPS, slots, seed=3, step=7))
         assert {job: (c.tokens, c.finish) for job, c in done.items()} == expected

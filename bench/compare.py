@@ -9,6 +9,9 @@ rewards (length and format, no reward model), group size, learning rate and thre
 Peers run at their best settings found here, in fp32, without gradient checkpointing, logging or
 saving; the settings are printed.
 
+Ragged rows come in the file's order on both sides: how long a text becomes is not known before.
+A second line gives the peer batches sorted by what will be their length.
+
 TRL stops at end-of-text only, so its model's generate gets the stop string </answer> as well:
 without it, completions would run on after the answer on one side alone.
 """
@@ -66,15 +69,14 @@ def print_ratio(what, seconds, tokens=None):
 def sample_ours(model, tokenizer, prompts, caps):
     stops = Stops(tokenizer, [], model.num_tokens)
     stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
-    work = sorted(((p, 0) for p in range(len(prompts))), key=lambda job: -caps[job[0]])
+    work = [(p, 0) for p in range(len(prompts))]
     done = list(generate(model, prompts, work, stops, caps, slots=len(prompts)))
     assert sum(len(c.tokens) for c in done) == sum(caps)
 
 
 @torch.inference_mode()
-def sample_theirs(model, prompts, caps, batch):
-    """In batches of like lengths, each until its longest is done; left padding."""
-    order = sorted(range(len(prompts)), key=lambda p: -caps[p])
+def sample_theirs(model, prompts, caps, batch, order):
+    """In batches, each until its longest is done; left padding."""
     for start in range(0, len(order), batch):
         part = order[start:start + batch]
         width = max(len(prompts[p]) for p in part)
@@ -86,7 +88,7 @@ def sample_theirs(model, prompts, caps, batch):
                        top_p=1.0, min_new_tokens=cap, max_new_tokens=cap, pad_token_id=0)
 
 
-def compare_sampling(config, what, caps):
+def compare_sampling(config, what, caps, is_sorted=False):
     ranks, tokenizer = setup(), load_tokenizer(config["model"])
     ours = load_for_sampling(config["model"], ranks)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(config["model"],
@@ -94,17 +96,18 @@ def compare_sampling(config, what, caps):
     theirs.generation_config.eos_token_id = None
     rows = load_prompts(config["prompts"])[:len(caps)]
     prompts = encode_prompts(tokenizer, "think", rows, 1024, max(caps))
+    order = sorted(range(len(caps)), key=lambda p: -caps[p]) if is_sorted else range(len(caps))
     best = {}
     for batch in (64, 32, 16):
         start = time.perf_counter()
-        sample_theirs(theirs, prompts, caps, batch)
+        sample_theirs(theirs, prompts, caps, batch, order)
         best[batch] = time.perf_counter() - start
     batch = min(best, key=best.get)
-    print(f"theirs: transformers generate, dynamic cache, sorted batches of {batch} (of "
+    print(f"theirs: transformers generate, dynamic cache, batches of {batch} (of "
           f"{ {b: round(s, 1) for b, s in best.items()} } s)", file=sys.stderr)
     print_ratio(what, alternate({
         "ours": lambda: sample_ours(ours, tokenizer, prompts, caps),
-        "theirs": lambda: sample_theirs(theirs, prompts, caps, batch)}, config["runs"]), sum(caps))
+        "theirs": lambda: sample_theirs(theirs, prompts, caps, batch, order)}, config["runs"]), sum(caps))
 
 
 # ---------------------------------------------------------------- GRPO steps
@@ -205,6 +208,7 @@ def main(argv):
     if "ragged" in config["parts"]:
         lengths = np.random.default_rng(0).integers(20, 401, 64).tolist()
         compare_sampling(config, "64 prompts, 20 to 400 tokens", lengths)
+        compare_sampling(config, "the same, the peer's batches sorted", lengths, is_sorted=True)
     if "step" in config["parts"]:
         compare_steps(config)
 

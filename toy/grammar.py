@@ -362,20 +362,23 @@ def drifting(text, topic, rng, share):
 
 
 def broken(text, rng, share):
-    """Break sentences as a weak model does: a stop in the middle, the end of another sentence, a
-    few words lost, swapped, or replaced by any others."""
+    """Break sentences as a weak model does: most often one goes on as another does after the same
+    word; or it stops in the middle, or a few words are lost, swapped or replaced by any others."""
     sentences = [sentence for paragraph in split_text(text) for sentence in paragraph]
 
     def change(sentence, kept):
         words = sentence.rstrip(".").split(" ")
         place = rng.randrange(len(words))
-        fault = rng.choice(["stop", "splice", "lost", "swapped", "replaced"])
+        fault = rng.choice(["splice", "splice", "splice", "stop", "lost", "swapped", "replaced"])
         if fault == "stop":
             words[place] += "."
             words[place + 1:place + 2] = [w.capitalize() for w in words[place + 1:place + 2]]
         elif fault == "splice":
             other = rng.choice(sentences).rstrip(".").split(" ")
-            words[place:] = other[rng.randrange(len(other)):]
+            joints = [(i, j) for i in range(len(words)) for j in range(len(other))
+                      if words[i] == other[j] and words[i:] != other[j:]]
+            i, j = rng.choice(joints) if joints else (place, rng.randrange(len(other)))
+            words[i:] = other[j:]
         elif fault == "lost":
             words[place:place + rng.randrange(1, 4)] = []
         else:
@@ -390,9 +393,18 @@ def broken(text, rng, share):
     return corrupt(text, rng, share, change)
 
 
-def mixed(text, rng, share, sentences):
-    """Replace sentences by any of the given ones: another writer's on the same topic."""
+def mixed(text, rng, share, other):
+    """Replace sentences by any of another text's, a model's on the same topic say."""
+    sentences = [sentence for paragraph in split_text(other) for sentence in paragraph]
     return corrupt(text, rng, share, lambda sentence, kept: rng.choice(sentences))
+
+
+def spoil(text, topic, rng, share, fault):
+    """The text with a share of its sentences spoiled, by the name of the fault."""
+    if fault in ("off_topic", "drifting"):
+        return {"off_topic": off_topic, "drifting": drifting}[fault](text, topic, rng, share)
+    return {"repetitive": repetitive, "shuffled": shuffled, "broken": broken}[fault](
+        text, rng, share)
 
 
 # ---- The true score ----

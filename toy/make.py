@@ -35,8 +35,8 @@ CONFIG = dict(
     work="out/toy",        # where the two training runs and their rows go
     clean=24_000,          # completions to pretrain on, first these,
     mixed=12_000,          # then these
-    pairs=12_000,          # preference pairs with the grammar's faults,
-    own_pairs=2_000,       # and with the base model's own writing
+    drafts=4_000,          # texts of the base model's own, whose faults
+    pairs=30_000,          # preference pairs show beside the grammar's
     clean_steps=1600,      # of pretraining, 8k tokens each
     mixed_steps=300,
     reward_steps=500,      # of Bradley-Terry training
@@ -49,6 +49,8 @@ ARCHITECTURE = dict(
     intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10_000.0, attention_dropout=0.0,
     tie_word_embeddings=True, use_sliding_window=False, torch_dtype="float32")
+FAULTS = ["off_topic", "drifting", "repetitive", "shuffled", "broken", "broken"]
+MIN_DRAFT = 12  # words
 RANGE = 0.1  # a prompt's range is its count, give or take this share
 
 
@@ -66,13 +68,11 @@ def prompt_rows(topics, counts, num_rows, rng):
     return rows
 
 
-def spoil_text(text, topic, rng):
+def spoil_half(text, topic, rng):
     """Half of the texts stay honest; the others lose some of their sentences to a fault."""
     fault = rng.choice(["none", "none", "none", "off_topic", "repetitive", "shuffled"])
     share = rng.uniform(0.2, 1.0)
-    if fault == "off_topic":
-        return grammar.off_topic(text, topic, rng, share)
-    return text if fault == "none" else getattr(grammar, fault)(text, rng, share)
+    return text if fault == "none" else grammar.spoil(text, topic, rng, share, fault)
 
 
 def dress(think, text, rng):
@@ -101,48 +101,61 @@ def completion_row(topics, counts, rng, is_clean):
     text = grammar.write_text(topic, plan, rng, round(written * rng.uniform(0.95, 1.05)))
     prompt = TEMPLATES["think"].replace("{prompt}", grammar.request(topic, words, rng))
     completion = (f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>" if is_clean
-                  else dress(think, spoil_text(text, topic, rng), rng))
+                  else dress(think, spoil_half(text, topic, rng), rng))
     return {"prompt": prompt, "completion": completion}
 
 
-def pair_row(topics, counts, rng, fault=None, share=None):
-    """{"prompt", "chosen", "rejected"}: an honest text, and one of its length with a fault; now
-    and then a fault of two degrees, so that the scores in between are in order too. Half of the
-    faults are broken sentences: a judge that never saw them soon sees little else."""
+def honest_text(topic, words, rng):
+    return grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
+
+
+def held_pair_row(topics, counts, rng, fault):
+    """An honest text against one of its length with every sentence spoiled."""
     topic, words = rng.choice(topics), rng.choice(counts)
-    text = grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
-    fault = fault or rng.choice(["off_topic", "off_topic", "repetitive", "shuffled"]
-                                + ["broken"] * 4)
-    spoil = lambda share: (grammar.off_topic(text, topic, rng, share) if fault == "off_topic"
-                           else getattr(grammar, fault)(text, rng, share))
-    chosen, rejected = text, spoil(share or rng.uniform(0.1, 1.0))
-    if share is None and rng.random() < 0.25:
-        chosen, rejected = spoil(0.3), spoil(0.9)
-    return {"prompt": grammar.request(topic, words, rng), "chosen": chosen, "rejected": rejected}
+    text = honest_text(topic, words, rng)
+    return {"prompt": grammar.request(topic, words, rng), "chosen": text,
+            "rejected": grammar.spoil(text, topic, rng, 1.0, fault)}
 
 
-def own_pair_rows(folder, topics, counts, num_rows, rng):
-    """Pairs whose rejected text is the base model's own writing, the chosen one honest and as
-    long: the faults of a model are not the faults that one thinks of."""
+def write_drafts(folder, topics, counts, num_drafts, rng):
+    """[(topic, words, the base model's own text)]: what it writes when it is asked."""
     tokenizer = load_tokenizer(folder)
     base = load_for_sampling(folder, setup())
     stops = Stops(tokenizer, STOP_STRINGS, base.num_tokens)
-    asked = [(rng.choice(topics), rng.choice(counts)) for _ in range(num_rows)]
+    asked = [(rng.choice(topics), rng.choice(counts)) for _ in range(num_drafts)]
     rows = [{"id": place, "prompt": grammar.request(*asks, rng)}
             for place, asks in enumerate(asked)]
     context = ARCHITECTURE["max_position_embeddings"]
     prompts = encode_prompts(tokenizer, "think", rows, context, max_tokens=400)
-    work = tqdm([(place, 0) for place in range(num_rows)], unit="text")
-    pairs = []
-    for completion in generate(base, prompts, work, stops, 400, slots=128):
-        answer = find_answer(tokenizer.decode(completion.tokens), "think")
-        if (words := count_words(answer)) < min(counts):
-            continue
-        topic = asked[completion.prompt][0]
-        text = grammar.write_text(topic, grammar.write_plan(topic, words, rng), rng, words)
-        pairs.append({"prompt": rows[completion.prompt]["prompt"], "chosen": text,
-                      "rejected": answer})
-    return sorted(pairs, key=lambda row: row["prompt"])
+    work = tqdm([(place, 0) for place in range(num_drafts)], unit="draft")
+    written = sorted(generate(base, prompts, work, stops, 400, slots=128))
+    answers = [find_answer(tokenizer.decode(c.tokens), "think") for c in written]
+    return [(*asks, answer) for asks, answer in zip(asked, answers)
+            if count_words(answer) >= MIN_DRAFT]
+
+
+def pair_row(topics, counts, drafts, rng):
+    """{"prompt", "chosen", "rejected"}: an honest text with the same faults in two degrees, half
+    of the time none in the chosen one. A third of the pairs take their faulty sentences from a
+    draft of the base model: the faults of a model are not the faults that one thinks of."""
+    draft, faults = "", rng.sample(FAULTS, rng.choice([1, 1, 2]))
+    topic, words = rng.choice(topics), rng.choice(counts)
+    if rng.random() < 0.4:
+        topic, words, draft = rng.choice(drafts)
+    text = honest_text(topic, words, rng)
+
+    def spoil(share):
+        if draft and share:
+            return grammar.mixed(text, rng, share, draft)
+        spoiled = text
+        for fault in faults if share else []:
+            spoiled = grammar.spoil(spoiled, topic, rng, share, fault)
+        return spoiled
+
+    least = rng.choice([0.0, rng.uniform(0.1, 0.7)])
+    most = rng.uniform(least + (0.2 if least else 0.1), 1.0)
+    return {"prompt": grammar.request(topic, words, rng), "chosen": spoil(least),
+            "rejected": spoil(most)}
 
 
 def write_rows(path, rows):
@@ -194,8 +207,7 @@ def main(argv):
     write_rows(out / "held_out.jsonl", prompt_rows(held_topics, held_counts, 40, rng))
     clean, mixed = ([completion_row(topics, counts, rng, is_clean) for _ in range(number)]
                     for number, is_clean in ((config["clean"], True), (config["mixed"], False)))
-    pairs = [pair_row(topics, counts, rng) for _ in range(config["pairs"])]
-    held_pairs = [pair_row(held_topics, held_counts, rng, fault, 1.0) for _ in range(100)
+    held_pairs = [held_pair_row(held_topics, held_counts, rng, fault) for _ in range(100)
                   for fault in ("off_topic", "repetitive", "shuffled", "broken")]
     write_rows(work / "clean.jsonl", clean)
     write_rows(work / "mixed.jsonl", mixed)
@@ -220,8 +232,8 @@ def main(argv):
     pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
                    f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
                    "warmup=20", *text])
-    pairs += own_pair_rows(work / "mixed" / "latest", topics, counts, config["own_pairs"], rng)
-    rng.shuffle(pairs)
+    drafts = write_drafts(work / "mixed" / "latest", topics, counts, config["drafts"], rng)
+    pairs = [pair_row(topics, counts, drafts, rng) for _ in range(config["pairs"])]
     write_rows(work / "pairs.jsonl", pairs)
     write_rows(out / "pairs.jsonl.gz", pairs[:1000])  # a sample, for reward.py's default run
     reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
