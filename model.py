@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -99,8 +100,8 @@ def parse_value(key, text, default):
 
 
 def parse_config(defaults, argv, limits=None):
-    """defaults overridden by ["key=value", "--key=value", ...]; limits: {key: least value} or
-    {key: (least, most)}."""
+    """defaults overridden by ["key=value", "--key=value", ...]; limits: {key: least value},
+    {key: (least, most)} or {key: [each value that it may have]}."""
     config = copy.deepcopy(defaults)
     for argument in argv:
         key, equals, text = argument.lstrip("-").partition("=")
@@ -111,10 +112,14 @@ def parse_config(defaults, argv, limits=None):
         config[key] = parse_value(key, text, defaults[key])
     for key, limit in (limits or {}).items():
         least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
-        if not least <= config[key] <= most:
-            raise InputError(f"{key}={config[key]}: expected {least} to {most}"
-                             if most < math.inf else
-                             f"{key}={config[key]}: expected at least {least}")
+        if isinstance(limit, list):
+            is_right, expected = config[key] in limit, "one of " + ", ".join(map(repr, limit))
+        elif most < math.inf:
+            is_right, expected = least <= config[key] <= most, f"{least} to {most}"
+        else:
+            is_right, expected = least <= config[key], f"at least {least}"
+        if not is_right:
+            raise InputError(f"{key}={config[key]}: expected {expected}")
     return config
 
 
@@ -678,40 +683,22 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
             for file in source.glob(pattern):
                 if file.resolve() != (folder / file.name).resolve():
                     shutil.copy(file, folder / file.name)
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    shards, part, part_bytes = [], {}, 0
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
+    sizes = {name: torch.empty(parameter.shape, dtype=dtype, device="meta")
+             for name, parameter in model.named_parameters()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_bytes)
+    parts = {file: {} for file in plan.filename_to_tensors}
     for name, whole in full_parameters(model):
-        size = whole.numel() * dtype.itemsize
-        if part and part_bytes + size > max_bytes:
-            shards.append(write_shard(part, folder, len(shards), is_writer))
-            part, part_bytes = {}, 0
-        if is_writer:
-            part[name] = whole.to("cpu", dtype).contiguous()
-        part_bytes += size
-    shards.append(write_shard(part, folder, len(shards), is_writer))
-    if is_writer:
-        name_shards(folder, shards)
-
-
-def write_shard(tensors, folder, number, is_writer):
-    if is_writer:
-        save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
-    return {name: x.numel() * x.element_size() for name, x in tensors.items()}
-
-
-def name_shards(folder, shards):
-    """Rename the written parts as transformers names them, with an index if they are several."""
-    if len(shards) == 1:
-        os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, sizes in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"part-{number}.safetensors", folder / file)
-        weight_map |= {name: file for name in sizes}
-    total = sum(sum(sizes.values()) for sizes in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        file = plan.tensor_to_filename[name]
+        parts[file][name] = whole.to("cpu", dtype).contiguous() if is_writer else None
+        if len(parts[file]) == len(plan.filename_to_tensors[file]):
+            tensors = parts.pop(file)  # written as soon as it is whole
+            if is_writer:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+    if is_writer and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- the plan of a folder

@@ -62,7 +62,9 @@ CONFIG = dict(
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan"}
 TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
-                       clip=0, weight_decay=0, beta2=(0, 1))
+                       clip=0, weight_decay=0, beta2=(0, 1),
+                       schedule=["cosine", "constant", "inverse_sqrt"],
+                       save_dtype=["", "float32", "bfloat16", "float16"])
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -369,7 +371,7 @@ def next_token_loss(model, documents, numbers, ranks, micro_rows, train):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
-        seq_len=2, batch_rows=1, micro_rows=1))
+        seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]))
     if config["plan"]:
         return print_plan(config)
     ranks = setup()

@@ -27,7 +27,7 @@ from model import (InputError, load_config, load_for_sampling, load_for_training
                    load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
                       train)
-from sample import count_words, find_answer, find_words, load_prompts, load_rows
+from sample import LIMITS, count_words, find_answer, find_words, load_prompts, load_rows
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a judge
@@ -262,7 +262,8 @@ def print_components(config):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
-        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6))
+        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6,
+        template=LIMITS["template"]))
     if config["plan"]:
         print_plan(config)
     elif config["responses"]:

@@ -1,13 +1,15 @@
 """Remake the toy from nothing: tokenizer, prompts, base model, reward model.
 
     python toy/make.py                 writes toy/policy, toy/reward and the toy's rows
-    python toy/make.py out=/tmp/toy    the same, elsewhere; half an hour on four cores
+    python toy/make.py out=/tmp/toy    the same, elsewhere; 45 minutes on two cores
 
 The base model is pretrained twice. First on clean completions, which plan, keep to the plan and
 to the requested length: a model this small needs them to learn to copy from prompt and plan at
 all. Then on completions of mixed quality, as a base model's corpus is: one in four follows a
 plan, a third break the tags, half drift off topic, repeat themselves or shuffle their words. What
-comes out knows how to do everything, and rarely does it. The reward model starts from that.
+comes out knows how to do everything, and rarely does it. The reward model starts from that. It
+learns from honest texts against spoiled ones: by the grammar's faults, and by sentences that models
+wrote: the base, and a policy that GRPO drove too fast, without a reward model, until it broke.
 Topics (pairings of a person and a place) and word counts of the held-out prompts are in no row
 that any training sees.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grammar
+import grpo
 import pretrain
 import reward
 from tqdm import tqdm
@@ -35,11 +38,12 @@ CONFIG = dict(
     work="out/toy",        # where the two training runs and their rows go
     clean=24_000,          # completions to pretrain on, first these,
     mixed=12_000,          # then these
-    drafts=4_000,          # texts of the base model's own, whose faults
-    pairs=30_000,          # preference pairs show beside the grammar's
+    drafts=6_000,          # texts of the models' own, whose faults
+    pairs=50_000,          # preference pairs show beside the grammar's
     clean_steps=1600,      # of pretraining, 8k tokens each
     mixed_steps=300,
-    reward_steps=500,      # of Bradley-Terry training
+    rehearsal_steps=60,    # of GRPO without a reward model, until sentences break
+    reward_steps=1000,     # of Bradley-Terry training
     vocab=1600,            # tokens
     seed=0,
 )
@@ -117,32 +121,31 @@ def held_pair_row(topics, counts, rng, fault):
             "rejected": grammar.spoil(text, topic, rng, 1.0, fault)}
 
 
-def write_drafts(folder, topics, counts, num_drafts, rng):
-    """[(topic, words, the base model's own text)]: what it writes when it is asked."""
+def write_drafts(folder, topics, counts, num_drafts, temperature, rng):
+    """[(topic, what the model in a folder writes about it)]."""
     tokenizer = load_tokenizer(folder)
-    base = load_for_sampling(folder, setup())
-    stops = Stops(tokenizer, STOP_STRINGS, base.num_tokens)
-    asked = [(rng.choice(topics), rng.choice(counts)) for _ in range(num_drafts)]
-    rows = [{"id": place, "prompt": grammar.request(*asks, rng)}
-            for place, asks in enumerate(asked)]
+    model = load_for_sampling(folder, setup())
+    stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
+    asked = [rng.choice(topics) for _ in range(num_drafts)]
+    rows = [{"id": place, "prompt": grammar.request(topic, rng.choice(counts), rng)}
+            for place, topic in enumerate(asked)]
     context = ARCHITECTURE["max_position_embeddings"]
     prompts = encode_prompts(tokenizer, "think", rows, context, max_tokens=400)
     work = tqdm([(place, 0) for place in range(num_drafts)], unit="draft")
-    written = sorted(generate(base, prompts, work, stops, 400, slots=128))
-    answers = [find_answer(tokenizer.decode(c.tokens), "think") for c in written]
-    return [(*asks, answer) for asks, answer in zip(asked, answers)
-            if count_words(answer) >= MIN_DRAFT]
+    written = generate(model, prompts, work, stops, 400, slots=128, temperature=temperature)
+    drafts = [(asked[c.prompt], find_answer(tokenizer.decode(c.tokens), "think"))
+              for c in sorted(written, key=lambda c: c.prompt)]
+    return [(topic, text) for topic, text in drafts if count_words(text) >= MIN_DRAFT]
 
 
 def pair_row(topics, counts, drafts, rng):
-    """{"prompt", "chosen", "rejected"}: an honest text with the same faults in two degrees, half
-    of the time none in the chosen one. A third of the pairs take their faulty sentences from a
-    draft of the base model: the faults of a model are not the faults that one thinks of."""
-    draft, faults = "", rng.sample(FAULTS, rng.choice([1, 1, 2]))
-    topic, words = rng.choice(topics), rng.choice(counts)
-    if rng.random() < 0.4:
-        topic, words, draft = rng.choice(drafts)
+    """{"prompt", "chosen", "rejected"}: an honest text with one fault, or two, in two degrees;
+    half of the time none in the chosen one. Most faults are a draft's sentences in the place of
+    the text's own: the faults of a model are not the faults that one thinks of."""
+    topic, draft = rng.choice(drafts) if rng.random() < 0.6 else (rng.choice(topics), "")
+    words = min(rng.choice(counts), rng.choice(counts))  # short texts teach as much, and cost less
     text = honest_text(topic, words, rng)
+    faults = rng.sample(FAULTS, rng.choice([1, 1, 2]))
 
     def spoil(share):
         if draft and share:
@@ -232,13 +235,21 @@ def main(argv):
     pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
                    f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
                    "warmup=20", *text])
-    drafts = write_drafts(work / "mixed" / "latest", topics, counts, config["drafts"], rng)
+    grpo.main([f"model={work / 'mixed' / 'latest'}", "reward_model=",
+               f"prompts={out / 'prompts.jsonl'}", f"eval_prompts={out / 'held_out.jsonl'}",
+               f"out={work / 'rehearsal'}", f"steps={config['rehearsal_steps']}", "lr=7e-4",
+               "save_every=10", "keep=100", f"seed={config['seed']}"])
+    writers = [(work / "mixed" / "latest", 1.0), (work / "mixed" / "latest", 1.2)] + [
+        (folder, 1.0) for folder in sorted((work / "rehearsal").glob("checkpoint-*"))]
+    drafts = [draft for folder, temperature in writers for draft in write_drafts(
+        folder, topics, counts, config["drafts"] // len(writers), temperature, rng)]
     pairs = [pair_row(topics, counts, drafts, rng) for _ in range(config["pairs"])]
     write_rows(work / "pairs.jsonl", pairs)
     write_rows(out / "pairs.jsonl.gz", pairs[:1000])  # a sample, for reward.py's default run
     reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
-                 f"steps={config['reward_steps']}", "lr=1e-3", *shared])
+                 f"steps={config['reward_steps']}", "batch_pairs=48", "micro_pairs=24", "lr=1e-3",
+                 *shared])
     publish(work / "mixed", out / "policy")
     publish(work / "reward", out / "reward")
 
