@@ -295,7 +295,7 @@ def attention(q, k, v, span):
                                               attn_mask=span.mask).flatten(1, 2)
     # For one query a sequence two plain products are faster on the CPU, 1.3 times end to end.
     scores = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
-    return ((scores + span.mask).softmax(-1) @ v).flatten(1, 2)  # (S, K, H/K, keys) @ v
+    return (scores.add_(span.mask).softmax(-1) @ v).flatten(1, 2)  # (S, K, H/K, keys) @ v
 
 
 def torch_varlen(q, k, v, span):

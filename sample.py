@@ -280,14 +280,14 @@ def scramble(x, key=0):
     return x.bitwise_xor_(shift_right(x, 16))
 
 
-def gumbel_noise(keys, positions, num_tokens):
-    """Standard Gumbel noise (R, V) in fp32, a pure function of keys (R, 2) int32, positions (R,)
-    and the token id. 31 bits decide each value, finest where it is largest."""
+def exponential_noise(keys, positions, num_tokens):
+    """Exponential noise (R, V) of mean 1 in fp32, a pure function of keys (R, 2) int32,
+    positions (R,) and the token id. 31 bits decide each value, finest where it is least."""
     rows = scramble(keys[:, 0] + positions * -1640531527, keys[:, 1])  # 2^32 / golden ratio
     ids = torch.arange(num_tokens, dtype=torch.int32, device=keys.device) * -1640531527
     bits = scramble(rows[:, None] + ids, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
     minus_u = bits.float().add_(0.5).mul_(-2.0 ** -31).clamp_(min=2.0 ** -24 - 1)
-    return minus_u.log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+    return minus_u.log1p_().neg_()  # -log(1 - u)
 
 
 def truncate(logits, top_p, top_k):
@@ -311,8 +311,10 @@ def sample_tokens(logits, keys, positions, temperature, top_p, top_k):
         tokens = logits.argmax(-1)
         return tokens, logits.amax(-1) * 0  # NaN and infinity show
     logits = truncate(logits / temperature, top_p, top_k)
-    tokens = (logits + gumbel_noise(keys, positions, logits.shape[1])).argmax(-1)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    # Gumbel-max, log w + (-log e), without its logarithms: w / e has the same order
+    tokens = (weights / exponential_noise(keys, positions, logits.shape[1])).argmax(-1)
+    return tokens, (weights.gather(1, tokens[:, None])[:, 0] / weights.sum(-1)).log()
 
 
 # ---------------------------------------------------------------- the cache
@@ -339,29 +341,34 @@ class Cache:
         """The next ones add a token to each of the first slots, which hold less than reach."""
         self.at, self.rows = torch.arange(rows, device=self.lengths.device), rows
         self.reach = min(-(-reach // 16) * 16, self.cap)  # rows of a mask that kernels can load
+        self.views = [[x[:rows, :, :self.reach].transpose(1, 2) for x in kv]
+                      for kv in zip(self.k, self.v)]
 
     def begin(self, sequence, offsets):
         """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
 
         Returns their positions (N,), and for a decode step the number of keys (S,) to read and
         the mask (S, 1, 1, reach) that leaves the others out."""
-        self.slot = self.at[sequence]
-        self.position = self.lengths[self.slot].long() + offsets
+        slot = self.at[sequence]
+        positions = self.lengths[slot].long() + offsets
+        K = self.k.shape[2]
+        row = slot[:, None] * K + torch.arange(K, device=slot.device)
+        self.places = (row * self.cap + positions[:, None]).flatten()  # (N K,) of slots x K x cap
         if not self.rows:
-            return self.position, None, None
+            return positions, None, None
         lengths = self.lengths[:self.rows] + 1
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
         mask = torch.zeros(is_past.shape, dtype=self.k.dtype, device=lengths.device)
-        return self.position, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
+        return positions, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
 
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
-        self.k[layer].transpose(1, 2)[self.slot, self.position] = k
-        self.v[layer].transpose(1, 2)[self.slot, self.position] = v
+        for cached, new in ((self.k, k), (self.v, v)):
+            cached[layer].flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 1))
 
     def read(self, layer):
         """Keys and values (S, reach, K, D) of a decode step's slots."""
-        return (x[layer, :self.rows, :, :self.reach].transpose(1, 2) for x in (self.k, self.v))
+        return self.views[layer]
 
     def copy(self, source, target, length):
         self.k[:, target, :, :length] = self.k[:, source, :, :length]
@@ -475,15 +482,18 @@ class Engine:
         R = self.num_rows(running[-1] + 1)
         reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
         self.cache.use_for_decode(R, reach)
+        token, keys, count = self.token[:R], self.keys[:R], self.count[:R]
+        places = count[:, None] + torch.arange(num_steps, device=self.device)  # (R, num_steps)
+        sampled = []
         for _ in range(num_steps):
-            logits = self.model(self.token[:R], self.cu_seqlens[:R + 1], cache=self.cache)
+            logits = self.model(token, self.cu_seqlens[:R + 1], cache=self.cache)
             self.cache.lengths[:R] += self.is_active[:R]
-            tokens, logprobs = sample_tokens(logits, self.keys[:R], self.count[:R],
-                                             **self.sampling)
-            self.out_tokens[self.cache.at, self.count[:R]] = tokens
-            self.out_logprobs[self.cache.at, self.count[:R]] = logprobs.float()
-            self.token[:R] = tokens
-            self.count[:R] += self.is_active[:R]
+            token, logprob = sample_tokens(logits, keys, count, **self.sampling)
+            count += self.is_active[:R]
+            sampled.append((token, logprob))
+        self.token[:R] = token
+        for out, parts in zip((self.out_tokens, self.out_logprobs), zip(*sampled)):
+            out[self.cache.at[:, None], places] = torch.stack(parts, 1).to(out.dtype)
         for slot in running:
             self.counts[slot] += num_steps
 
