@@ -45,7 +45,7 @@ CONFIG = dict(
     columns={},                    # other names of "id", "prompt", "length"
     template="think",              # think, direct or chat
     out="out/grpo",                # the run's folder
-    steps=100,
+    steps=120,
     num_prompts=8,                 # P, prompts a step
     num_samples=8,                 # G, samples a prompt
     max_tokens=400,                # of a completion
@@ -58,7 +58,7 @@ CONFIG = dict(
     ratio_cap=2.0,                 # of trainer over sampler, per token
     micro_tokens=8192,             # tokens a forward pass, on each rank
     slots=64,                      # sequences that a rank decodes together
-    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=25, save_every=25),
+    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=30, save_every=30),
 )
 COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
