@@ -64,7 +64,6 @@ COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
 EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1
 ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
-MAX_BAD_STEPS = 3   # steps in a row whose gradient is not finite
 PANELS = {"length reward": ["reward/length", "eval/length"],
           "format reward": ["reward/format", "eval/format"],
           "writing reward": ["reward/writing", "eval/writing"],
@@ -331,11 +330,11 @@ def show_result(folder, width=100):
 
 # ---------------------------------------------------------------- the loop
 
-def alarm(counts, row, dead_groups):
+def alarm(counts, row, dead_groups, max_bad_steps):
     """Count steps in a row that went wrong, in place; the reason to stop, or ""."""
     wrong = {"most samples are truncated": (row["truncated"] > 0.5, ALARM_STEPS),
              "most groups have equal rewards": (dead_groups > 0.5, ALARM_STEPS),
-             "the gradient is not finite": (not math.isfinite(row["grad_norm"]), MAX_BAD_STEPS)}
+             "the gradient is not finite": (not math.isfinite(row["grad_norm"]), max_bad_steps)}
     for reason, (is_wrong, limit) in wrong.items():
         counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
         if counts[reason] >= limit:
@@ -424,7 +423,8 @@ class Trainer:
                 "seconds/train": done - sampled, "tokens_per_second":
                     sum(len(c.tokens) for c in completions) / (done - start)}
         dead = (advantages == 0).all(1).float().mean().item()
-        self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead)
+        self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead,
+                                        config["max_bad_steps"])
         return row
 
     def loop(self):

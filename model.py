@@ -77,7 +77,7 @@ def script(main):
 
 def parse_value(key, text, default):
     """One command-line value in the type of the default; dicts and lists are JSON, and a text
-    may be a JSON dict instead ({"name": "file"})."""
+    may be a JSON dict or list instead ({"name": "file"})."""
     is_json = isinstance(default, (dict, list))
     try:
         if isinstance(default, bool):
@@ -87,7 +87,7 @@ def parse_value(key, text, default):
             if math.isfinite(value):
                 return value
         if isinstance(default, str):
-            return json.loads(text) if text[:1] == "{" else text
+            return json.loads(text) if text[:1] in ("{", "[") else text
         value = json.loads(text)
         if is_json and type(value) is type(default):
             return value

@@ -4,20 +4,29 @@
     torchrun --nproc_per_node 8 pretrain.py model=FOLDER data=text.jsonl
     python pretrain.py model=FOLDER data=text.jsonl init=random   # FOLDER: config.json, tokenizer
 
-Rows are {"text"}, trained on whole, or {"prompt", "completion"}, trained on the completion.
-Documents are shuffled each epoch, joined, each ended by the end-of-text token, and cut into rows
-of seq_len tokens. Attention never crosses from one document to another.
+    python pretrain.py data='{"books/*.jsonl": 0.99, "thoughts.jsonl": 0.01}' seq_len=32768
+
+Rows are {"text"}, trained on whole; {"prompt", "completion"}, {"messages"}, trained on what the
+assistant says; or {"prompt", "plan", "text"}, which becomes <think>plan</think><answer>text</answer>.
+Documents are tokenised once, into `cache`, each ended by the end-of-text token, joined, and cut
+into rows of seq_len tokens. Attention never crosses from one document to another.
 
 1. A run is a folder: config.json, log.jsonl, curves.png, checkpoint-NNNNNN/ (a Hugging Face
    folder, with state/ to go on from), `latest` and `best`. The same command resumes it.
 2. All randomness is a function of (seed, step), so there is no random state to save.
 3. The loss is the mean over the tokens of all ranks, normalised once per optimizer step.
+4. Rows keep their documents; each epoch shuffles the rows. So neither the shuffle nor the place
+   in the data needs more memory than the row numbers, however many tokens there are.
 """
+import glob
+import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -25,12 +34,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 from model import (InputError, load_config, load_for_training, load_tokenizer,
                    memory_plan, open_folder, parse_config, save_folder, script, setup)
-from sample import load_rows, read_done
+from sample import apply_template, checked_rows, read_done, render_chat
 
 TRAINING = dict(  # keys that every training script has
     resume=True,        # go on from out/latest; false refuses a folder that holds a run
@@ -44,12 +55,15 @@ TRAINING = dict(  # keys that every training script has
     keep=2,             # newest checkpoints to keep; the best one stays besides
     save_dtype="",      # of the exported weights: float32 on CPU, bfloat16 on CUDA unless set
     max_hours=0.0,      # save and stop after this long; 0 is no limit
+    max_bad_steps=3,    # stop after so many in a row whose gradient is not finite
+    wandb=False,        # log to Weights & Biases as well (pip install wandb)
     plan=False,         # print parameters and bytes, and stop
 )
 CONFIG = dict(
     model="toy/policy",         # folder or hub name
-    data="toy/text.jsonl.gz",   # rows to train on
+    data="toy/text.jsonl.gz",   # file or glob of rows, [several], or {file or glob: weight}
     val_data="",                # rows for val_loss every eval_every steps
+    cache="out/tokens",         # where tokens go, by content and tokenizer; all ranks see it
     out="out/pretrain",         # the run's folder
     init="folder",              # random: model is a folder with only config.json and tokenizer
     steps=200,
@@ -60,11 +74,12 @@ CONFIG = dict(
     schedule="cosine",          # or constant, inverse_sqrt
     **TRAINING,
 )
-MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan"}
+MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", "wandb"}
 TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
-                       clip=0, weight_decay=0, beta2=(0, 1),
+                       max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
+TOKENS_FORMAT = 1  # of the cache: another number, and all is tokenised anew
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -103,6 +118,14 @@ def apply_gradient(model, optimizer, lr, clip):
 
 # ---------------------------------------------------------------- the run: log, checkpoints, ends
 
+def open_wandb(config):
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("wandb=true needs: pip install wandb") from None
+    return wandb.init(project=Path(config["out"]).name, config=config)
+
+
 class Run:
     """A run's folder: where its log and checkpoints go, where it resumes, when it has to stop."""
 
@@ -121,6 +144,7 @@ class Run:
         self.step = self.state["step"]
         if self.is_main:
             self.cut_log()
+        self.wandb = open_wandb(config) if self.is_main and config["wandb"] else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
@@ -149,9 +173,18 @@ class Run:
         return self.ranks.any(f"meeting/{self.meetings}", flag)
 
     def log(self, row):
+        """Append a row to log.jsonl, with null for what is not finite."""
         if self.is_main:
+            row = {key: value if math.isfinite(value) else None for key, value in row.items()}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
+            if self.wandb:
+                self.wandb.log(row, step=row["step"])
+
+    def count_bad(self, is_bad):
+        """Whether too many steps in a row were bad, this one included."""
+        self.state["bad_steps"] = self.state.get("bad_steps", 0) + 1 if is_bad else 0
+        return self.state["bad_steps"] >= self.config["max_bad_steps"]
 
     def restore(self, model, optimizer):
         """Load the fp32 weights and moments that the run goes on from; collective."""
@@ -169,14 +202,21 @@ class Run:
         target = self.folder / f"checkpoint-{step:06d}"
         aside = target.with_suffix(".tmp")
         if not target.exists():
-            if self.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-            self.agree(False)
             default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
             dtype = getattr(torch, self.config["save_dtype"] or default)
-            save_folder(model, aside, dtype)
-            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-            dcp.save(state, checkpoint_id=aside / "state", no_dist=self.ranks.world == 1)
+            needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
+            if self.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            if self.agree(self.is_main and shutil.disk_usage(self.folder).free < needed):
+                raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
+                                 "the checkpoint before is intact")
+            try:
+                save_folder(model, aside, dtype)
+                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+                dcp.save(state, checkpoint_id=aside / "state", no_dist=self.ranks.world == 1)
+            except (OSError, SafetensorError, CheckpointException) as error:
+                raise InputError(f"{aside}: cannot be written: {error}; the checkpoint before is "
+                                 "intact") from None
         if self.is_main:
             if aside.exists():
                 self.state["step"] = step
@@ -267,9 +307,14 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens):
                                   config["schedule"])
         row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"])
         row["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        is_over = run.count_bad(not math.isfinite(row["grad_norm"]))
         if is_last or step % config["eval_every"] == 0:
             row |= validate()
         run.log(row)
+        if is_over:
+            reason = (f"stopped: the gradient is not finite, {config['max_bad_steps']} steps in a "
+                      f"row; the last checkpoint is {run.folder}/latest")
+            sys.exit(reason if run.is_main else 1)
         bar.update()
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s")
         stop = run.agree(run.wants_stop())
@@ -284,54 +329,152 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens):
               else f"stopped after step {step}, saved in {target}; the same command goes on")
 
 
-# ---------------------------------------------------------------- rows of packed documents
+# ---------------------------------------------------------------- documents as tokens
 
-def text_row(row, number):
-    """("", text) or (prompt, completion) of a row."""
-    if isinstance(row.get("text"), str):
-        return "", row["text"]
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return row["prompt"], row["completion"]
-    raise ValueError(f'expected {{"text"}} or {{"prompt", "completion"}}, found {sorted(row)}')
+def chat_parts(turns, tokenizer):
+    """[(text, is trained)] of a conversation: what the assistant says is trained on."""
+    for turn in turns:
+        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str)
+                and isinstance(turn.get("content"), str)):
+            raise ValueError(f'expected messages of {{"role", "content"}}, found {turn!r:.80}')
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError("expected a message with role assistant, found none")
+    parts, shown = [], ""
+    for place, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before = render_chat(tokenizer, turns[:place], True)
+            after = render_chat(tokenizer, turns[:place + 1], False)
+            if not (before.startswith(shown) and after.startswith(before)):
+                raise ValueError("the tokenizer's chat template rewrites earlier turns")
+            parts += [(before[len(shown):], False), (after[len(before):], True)]
+            shown = after
+    return parts
+
+
+def row_parts(row, tokenizer):
+    """[(text, is trained)] of a row: {"messages"}, {"prompt", "plan", "text"} (the prompt may be
+    missing), {"prompt", "completion"} as they are, or {"text"}."""
+    has = lambda *keys: all(isinstance(row.get(key), str) for key in keys)
+    if isinstance(row.get("messages"), list):
+        return chat_parts(row["messages"], tokenizer)
+    if has("plan", "text"):
+        prompt = apply_template(tokenizer, "think", row["prompt"]) if has("prompt") else ""
+        return [(prompt, False),
+                (f"<think>{row['plan']}</think><answer>{row['text']}</answer>", True)]
+    if has("prompt", "completion"):
+        return [(row["prompt"], False), (row["completion"], True)]
+    if has("text"):
+        return [(row["text"], True)]
+    raise ValueError('expected texts under "text", "plan" and "text", "prompt" and "completion", '
+                     f'or "messages", found columns {sorted(row)}')
+
+
+def write_tokens(paths, tokenizer, folder, batch=1000):
+    """Tokenise files into folder/tokens.bin, int32, each document ended by end-of-text, ~token
+    where it is not trained on; folder/ends.npy says where documents end."""
+    aside = folder.with_suffix(".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    sizes, end = [], np.array([tokenizer.eos_token_id], dtype=np.int32)
+    rows = (parts for path in paths
+            for parts in checked_rows(path, lambda row, number: row_parts(row, tokenizer)))
+    with open(aside / "tokens.bin", "wb") as file, tqdm(
+            desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
+        while documents := list(itertools.islice(rows, batch)):
+            texts = [text for parts in documents for text, _ in parts]
+            found = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])  # on all cores
+            for parts in documents:
+                pieces = [np.array(next(found), dtype=np.int32) ^ -(not is_trained)
+                          for _, is_trained in parts]
+                np.concatenate([*pieces, end]).tofile(file)
+                sizes.append(sum(map(len, pieces)) + 1)
+            bar.update(len(documents))
+            bar.set_postfix_str(f"{sum(sizes):,} tokens")
+    np.save(aside / "ends.npy", np.cumsum(sizes))
+    sync_folder(aside)
+    os.replace(aside, folder)
+
+
+def find_files(names):
+    """The files of a name or glob, or of several, in order."""
+    files = []
+    for name in [names] if isinstance(names, str) else names:
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        files += [Path(path) for path in found]
+        if not all(path.is_file() for path in files) or not found:
+            raise InputError(f"{name}: no such file")
+    return files
 
 
 class Documents:
-    """Documents as one vector of tokens, joined in a new order each epoch, read in rows.
+    """The documents of some files as one vector of tokens in a memory map, read in rows.
 
+    Rows are cut every seq_len tokens, the last one shorter, and come in a new order each epoch.
     Every token but a document's first is a target once an epoch; a prompt's tokens never are."""
 
-    def __init__(self, path, tokenizer, seq_len, seed):
-        pairs = load_rows(path, text_row)
-        encode = lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        prompts, texts = (encode(part) for part in zip(*pairs))
-        self.documents = [(np.array(p + t + [tokenizer.eos_token_id], dtype=np.int32), len(p))
-                          for p, t in zip(prompts, texts)]
+    def __init__(self, paths, tokenizer, seq_len, seed, cache, ranks):
+        digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(str([tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]).encode())
+        for path in paths:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.key, self.paths = digest.hexdigest()[:16], paths
+        folder = Path(cache) / self.key
+        if ranks.rank == 0 and not folder.exists():
+            write_tokens(paths, tokenizer, folder)
+        ranks.any(f"tokens/{self.key}", False)
+        self.ends = np.load(folder / "ends.npy", mmap_mode="r")
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
-        self.num_rows = sum(len(d) for d, _ in self.documents) // seq_len
-        if not self.num_rows:
-            raise InputError(f"{path}: expected at least seq_len={seq_len} tokens, found fewer")
-
-    def open_epoch(self, epoch):
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
-        parts = [self.documents[i] for i in order]
-        self.epoch = epoch
-        self.tokens = np.concatenate([tokens for tokens, _ in parts])
-        self.starts = np.cumsum([0] + [len(tokens) for tokens, _ in parts])
-        self.is_target = np.concatenate([np.arange(len(tokens)) >= max(1, prompt)
-                                         for tokens, prompt in parts])
+        self.num_rows = -(-len(self.tokens) // seq_len)
 
     def row(self, number):
         """(tokens, targets, lengths of the documents' pieces) of a row, counted over epochs."""
         epoch, place = divmod(number, self.num_rows)
         if epoch != self.epoch:
-            self.open_epoch(epoch)
-        start, end = place * self.seq_len, (place + 1) * self.seq_len
-        targets = np.full(self.seq_len, -1)
-        following = slice(start + 1, end + 1)
-        found = np.where(self.is_target[following], self.tokens[following], -1)
-        targets[:len(found)] = found
-        inside = self.starts[(self.starts > start) & (self.starts < end)]
-        return self.tokens[start:end], targets, np.diff([start, *inside, end])
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        start = int(self.order[place]) * self.seq_len
+        stored = np.array(self.tokens[start:start + self.seq_len + 1])  # and what follows
+        size = min(self.seq_len, len(self.tokens) - start)
+        first, last = np.searchsorted(self.ends, [start, start + size], "right")
+        ends = np.array(self.ends[first:last]) - start  # of documents, in 1..size
+        targets = np.full(size, -1)
+        targets[:len(stored) - 1] = np.maximum(stored[1:], -1)
+        targets[ends - 1] = -1  # the next document's first token
+        tokens = stored[:size] ^ (stored[:size] >> 31)
+        return tokens, targets, np.diff([0, *ends[ends < size], size])
+
+
+class Mixture:
+    """Several Documents, each with a weight: its share of the rows."""
+
+    def __init__(self, parts, weights):
+        self.parts, self.weights = parts, np.array(weights) / sum(weights)
+        self.start()
+
+    def start(self):
+        self.num_drawn, self.counts = 0, np.zeros(len(self.parts), dtype=int)
+
+    def row(self, number):
+        """As Documents.row: of the part that is the furthest behind its share."""
+        if number < self.num_drawn:
+            self.start()
+        while self.num_drawn <= number:
+            self.num_drawn += 1
+            part = int((self.weights * self.num_drawn - self.counts).argmax())
+            self.counts[part] += 1
+        return self.parts[part].row(self.counts[part] - 1)
+
+
+def load_data(data, *options):
+    """A Mixture of what data names: a file or glob, a list of them, or {file or glob: weight}."""
+    if not isinstance(data, dict):
+        return Mixture([Documents(find_files(data), *options)], [1])
+    for name, weight in data.items():
+        if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
+            raise InputError(f"data: {name}: expected a weight above 0, found {weight!r}")
+    return Mixture([Documents(find_files(name), *options) for name in data], [*data.values()])
 
 
 def to_pack(rows, device):
@@ -351,13 +494,15 @@ def deal_evenly(items, ranks, size):
     return [mine[start:start + size] for start in range(0, most, size)]
 
 
-def next_token_loss(model, documents, numbers, ranks, micro_rows, train):
+def next_token_loss(model, data, numbers, ranks, micro_rows, train):
     """Mean loss over the targets of rows `numbers` on all ranks; with train, its gradient."""
-    rows = [documents.row(n) for n in numbers]
-    total = sum(int((targets >= 0).sum()) for _, targets, _ in rows)
-    loss = 0.0
-    for part in deal_evenly(rows, ranks, micro_rows):
-        tokens, targets, cu_seqlens = to_pack(part or rows[:1], ranks.device)
+    parts = [[data.row(number) for number in part]
+             for part in deal_evenly(numbers, ranks, micro_rows)]
+    total = sum(ranks.gather([sum(int((targets >= 0).sum()) for part in parts
+                                  for _, targets, _ in part)]))
+    loss, spare = 0.0, data.row(numbers[-1])
+    for part in parts:
+        tokens, targets, cu_seqlens = to_pack(part or [spare], ranks.device)
         targets = targets if part else targets * 0 - 1  # without rows: take part, count nothing
         with torch.set_grad_enabled(train):
             logprobs, _ = model(tokens, cu_seqlens, targets=targets)
@@ -379,25 +524,28 @@ def main(argv):
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "
                          f"{ranks.world} ranks")
     tokenizer = load_tokenizer(config["model"])
-    documents, val_documents = (
-        Documents(config[key], tokenizer, config["seq_len"], config["seed"])
-        if config[key] else None for key in ("data", "val_data"))
+    options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
+    data = load_data(config["data"], *options)
+    val_data = Documents(find_files(config["val_data"]), *options) if config["val_data"] else None
     model = load_for_training(config["model"], ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
-    batch = config["batch_rows"]
-    loss = lambda documents, numbers, is_training: next_token_loss(
-        model, documents, numbers, ranks, config["micro_rows"], is_training)
+    run, batch = Run(config, ranks), config["batch_rows"]
+    keys = [part.key for part in data.parts]
+    if run.state.setdefault("data", keys) != keys:
+        raise InputError(f"{config['out']}: the rows of data={config['data']} have changed since "
+                         "the run began; choose another out")
 
     def accumulate(step):
-        tokens = step * batch * config["seq_len"]
-        return dict(loss=loss(documents, range((step - 1) * batch, step * batch), True),
-                    tokens=tokens)
+        numbers = range((step - 1) * batch, step * batch)
+        loss = next_token_loss(model, data, numbers, ranks, config["micro_rows"], True)
+        return dict(loss=loss, tokens=step * batch * config["seq_len"])
 
     def validate():
-        return dict(val_loss=loss(val_documents, range(val_documents.num_rows), False))
+        return dict(val_loss=next_token_loss(model, val_data, range(val_data.num_rows), ranks,
+                                             config["micro_rows"], False))
 
-    train(Run(config, ranks), model, optimizer, accumulate, validate if val_documents else dict,
+    train(run, model, optimizer, accumulate, validate if val_data else dict,
           {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]},
           tokens=batch * config["seq_len"])
 

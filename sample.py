@@ -62,58 +62,68 @@ PREFILL_TOKENS = 16_384  # prompts that are read in one pass
 # ---------------------------------------------------------------- rows in
 
 def read_rows(path):
-    """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet; a line that is not JSON
-    comes as its text."""
+    """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet, without holding the file;
+    a line that is not UTF-8 JSON comes as its text."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
+    try:
+        for number, row in enumerate(read_any(path), 1):
+            if row != b"":
+                yield f"{path}:{number}", row
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: expected {kind}: {error}") from None
+
+
+def read_any(path):
+    """The rows of a file of any kind; b"" for an empty line, so that lines can be counted."""
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError:
             raise InputError(f"{path}: reading Parquet needs: pip install pyarrow") from None
-        rows = parquet.read_table(path).to_pylist()
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
         return
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         if ".json" in path.suffixes:
-            rows = json.loads(text)
+            rows = json.loads(file.read().decode())
             if not isinstance(rows, list):
                 raise ValueError(f"found {type(rows).__name__}")
-            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+            yield from rows
             return
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
-        raise InputError(f"{path}: expected {kind}: {error}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+        for line in map(bytes.strip, file):
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield line and json.loads(line.decode())
             except ValueError:
-                yield f"{path}:{number}", line.strip()[:40]
+                yield line.decode(errors="replace")[:40]
 
 
-def load_rows(path, check):
-    """Rows that check(row) accepts (it returns the row to keep, or raises ValueError). Bad ones
-    are reported and skipped; more than 1% of them is an error, as is a file without rows."""
-    rows, bad = [], []
-    for number, (place, row) in enumerate(read_rows(path)):
+def checked_rows(path, check):
+    """Yield what check(row, number) returns of each row. Rows where it raises ValueError are
+    reported and skipped; more than 1% of them is an error, as is a file without rows, but only
+    at the file's end: use nothing before."""
+    num_rows, bad = 0, []
+    for place, row in read_rows(path):
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, found {row!r}")
-            rows.append(check(row, number))
+            yield check(row, num_rows)
         except ValueError as reason:
             bad.append(f"{place}: {reason}")
-    if not rows and not bad:
+        num_rows += 1
+    if not num_rows:
         raise InputError(f"{path}: expected rows, found none")
-    if len(bad) > 0.01 * (len(rows) + len(bad)):
-        raise InputError(f"{bad[0]} ({len(bad)} of {len(rows) + len(bad)} rows are bad; "
-                         "at most 1% may be)")
+    if len(bad) > 0.01 * num_rows:
+        raise InputError(f"{bad[0]} ({len(bad)} of {num_rows} rows are bad; at most 1% may be)")
     for line in bad:
         print(f"skipped {line}")
-    return rows
+
+
+def load_rows(path, check):
+    """The rows of a file that check(row, number) accepts, as checked_rows yields them."""
+    return list(checked_rows(path, check))
 
 
 def prompt_row(row, number, columns):
@@ -168,7 +178,6 @@ TEMPLATES = {
     "direct": (
         "Write the text that is asked for, and put it, and nothing else, inside "
         "<answer></answer>.\n<|user|>: {prompt} <|assistant|>:"),
-    "chat": ("<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"),
 }
 TEMPLATES_CHINESE = {
     "think": (
@@ -178,7 +187,6 @@ TEMPLATES_CHINESE = {
     "direct": (
         "请写出所要求的正文，并把它放在<answer></answer>中，其中不要有别的内容。\n"
         "<|user|>: {prompt} <|assistant|>:"),
-    "chat": TEMPLATES["chat"],
 }
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WIDE = HAN + r"\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af"  # written without spaces: with kana, hangul
@@ -197,12 +205,20 @@ def count_words(text):
     return len(find_words(text))
 
 
+def render_chat(tokenizer, turns, to_answer):
+    """A conversation of {"role", "content"} as text, by the checkpoint's own chat template where
+    it has one; to_answer opens the assistant's turn."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(turns, tokenize=False,
+                                             add_generation_prompt=to_answer)
+    said = (f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    return "".join(said) + "<|im_start|>assistant\n" * to_answer
+
 
 def apply_template(tokenizer, template, prompt):
-    """The text that the model goes on from. A checkpoint's own chat template wins over ours."""
-    if template == "chat" and tokenizer.chat_template:
-        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
-                                             tokenize=False, add_generation_prompt=True)
+    """The text that the model goes on from."""
+    if template == "chat":
+        return render_chat(tokenizer, [{"role": "user", "content": prompt}], True)
     texts = TEMPLATES_CHINESE if re.search(f"[{HAN}]", prompt) else TEMPLATES
     return texts[template].replace("{prompt}", prompt)
 

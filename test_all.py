@@ -787,38 +787,130 @@ def test_the_pair_loss_is_bradley_terry(judge):
 
 # ---------------------------------------------------------------- pretrain: rows, loss, runs
 
+def documents_of(path, folder, seq_len=16):
+    return pretrain.Documents([path], load_tokenizer(folder), seq_len, 0,
+                              path.parent / "tokens", ALONE)
+
+
 def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
-    """Documents lost between rows, attention across them, targets from the next document, or
-    the same order in each epoch."""
+    """Documents lost between rows or at the end, attention across them, targets from the next
+    document or within a prompt, or the same order in each epoch."""
     tokenizer, orders = load_tokenizer(policy), []
-    pairs = [("", f"{n} " * (n + 1)) for n in range(9)] + [("ask " * 5, "say " * 6)]
+    pairs = [("", f"{n} " * (n + 1)) for n in range(9)] + [("ask " * 5, "say " * 6), ("", "")]
     path = write_lines(tmp_path / "t.jsonl", [{"text": text} for _, text in pairs[:9]] + [
         {"prompt": prompt, "completion": text} for prompt, text in pairs[9:]])
-    documents = pretrain.Documents(path, tokenizer, 16, 0)
-    prompts, whole = [], []
+    documents = documents_of(path, policy)
+    tokens, targets, ends = [], [], []
     for prompt, text in pairs:
-        prompts.append(tokenizer.encode(prompt))
-        whole.append(prompts[-1] + tokenizer.encode(text) + [tokenizer.eos_token_id])
+        first, rest = (tokenizer.encode(part) for part in (prompt, text))
+        whole = first + rest + [tokenizer.eos_token_id]
+        tokens += whole
+        targets += [-1] * (len(first) - 1) + (first + whole[len(first):])[max(1, len(first)):]
+        targets += [-1]  # nothing follows the end
+        ends.append(len(tokens))
+    starts = range(0, len(tokens), 16)
+    pieces = lambda start: np.diff([e for e in sorted({start, *ends, min(start + 16, len(tokens))})
+                                    if start <= e <= start + 16])
+    expected = [(tokens[start:start + 16], targets[start:start + 16], pieces(start).tolist())
+                for start in starts]
+    assert documents.num_rows == len(expected)
     for epoch in range(2):
-        rows = [documents.row(epoch * documents.num_rows + n) for n in range(documents.num_rows)]
-        tokens, targets, lengths = (np.concatenate(part) for part in zip(*rows))
-        ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
-        assert set(ends) <= set(lengths.cumsum())
-        *pieces, tail = (piece.tolist() for piece in np.split(tokens, ends))
-        order = [whole.index(piece) for piece in pieces]
-        assert len(set(order)) == len(order) and sum(map(len, whole)) - len(tokens) < 16
-        assert not tail or tail in [whole[i][:len(tail)] for i in range(10) if i not in order]
-        expected = [token if place >= max(1, len(prompts[i])) else -1
-                    for i in order for place, token in enumerate(whole[i])]
-        assert targets[:len(expected) - 1].tolist() == expected[1:]
-        orders.append(order)
+        found = [tuple(part.tolist() for part in documents.row(epoch * len(expected) + n))
+                 for n in range(len(expected))]
+        assert sorted(found) == sorted(expected)
+        orders.append([expected.index(row) for row in found])
     assert orders[0] != orders[1]
+
+
+def test_rows_of_a_mixture_come_by_weight(policy, tmp_path):
+    """A rare source that rounds to nothing, shares that drift, or a place that a resume loses."""
+    for name, count in (("a1", 3), ("a2", 4), ("b", 2)):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} " * 40}] * count)
+    data = {f"{tmp_path}/a*.jsonl": 0.99, f"{tmp_path}/b.jsonl": 0.01}
+    mixture = pretrain.load_data(data, load_tokenizer(policy), 32, 0, tmp_path / "tokens", ALONE)
+    assert len(mixture.parts[0].ends) == 7
+    rows, rare = [], []
+    for number in range(1000):
+        rows.append(mixture.row(number)[0].tolist())
+        rare.append(mixture.counts[1])
+    assert mixture.counts.tolist() == [990, 10] and 40 < rare.index(1) < 60
+    for number in (700, 30, 999):  # forwards and back, as a resume reads
+        assert mixture.row(number)[0].tolist() == rows[number]
+
+
+def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch):
+    """Yesterday's tokens for today's file, or an hour of tokenising at each start."""
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "one two three"}])
+    key, tokens = documents_of(path, policy).key, documents_of(path, policy).tokens.tolist()
+    monkeypatch.setattr(pretrain, "write_tokens", None)
+    assert documents_of(path.rename(tmp_path / "u.jsonl"), policy).tokens.tolist() == tokens
+    monkeypatch.undo()
+    assert documents_of(write_lines(path, [{"text": "one two four"}]), policy).key != key
+
+
+def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
+    """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
+    good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
+    good[7] = json.dumps({"text": "long " * 400_000}).encode()  # 2 MB
+    good[8] = b'{"text": ""}'  # a document of one token, the end
+    bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut']
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b"\n".join(good[:50] + bad + good[50:]))
+    documents = documents_of(path, policy)
+    assert len(documents.ends) == 400 and np.diff(documents.ends)[7] == 1
+    out = capsys.readouterr().out
+    assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53))
+    for lines, words in [(good[:9] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
+                         ([b""], "expected rows, found none"), (None, "no such file")]:
+        path.unlink() if lines is None else path.write_bytes(b"\n".join(lines))
+        with pytest.raises(InputError, match=f"{path}.*{words}|{path}{words}"):
+            pretrain.load_data(str(path), load_tokenizer(policy), 16, 0, tmp_path / "k", ALONE)
+    assert {folder.suffix for folder in (tmp_path / "k").iterdir()} == {".tmp"}
+
+
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}!{% endfor %}" \
+       "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.mark.parametrize("template, row, expected", [
+    (None, {"text": "whole"}, [("whole", True)]),
+    (None, {"prompt": "p", "completion": "c", "text": 3}, [("p", False), ("c", True)]),
+    (None, {"plan": "p", "text": "t"}, [("", False), ("<think>p</think><answer>t</answer>", True)]),
+    (None, {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+     [("<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n", False),
+      ("a<|im_end|>\n", True)]),
+    (CHAT, {"messages": [{"role": role, "content": role[0]} for role in
+                         ("system", "user", "assistant", "user", "assistant", "user")]},
+     [("[system] s![user] u![assistant] ", False), ("a!", True),
+      ("[user] u![assistant] ", False), ("a!", True)])])
+def test_only_what_the_assistant_says_is_trained_on(template, row, expected, policy):
+    """A model that learns to write its users' requests, or a turn rendered twice."""
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = template
+    assert pretrain.row_parts(row, tokenizer) == expected
+
+
+def test_only_completion_tokens_carry_gradient(policy, tmp_path):
+    """A mask that is right while the gradient flows from the prompt all the same: the embedding
+    of the prompt's last word is an input, the head's row of a word said in the prompt alone is
+    pushed down by the softmax, and never pulled up."""
+    row = {"prompt": "think before", "completion": " you write"}
+    ours, path = load_model(policy, "cpu"), write_lines(tmp_path / "t.jsonl", [row])
+    tokenizer = load_tokenizer(policy)
+    pretrain.next_token_loss(ours, documents_of(path, policy), range(1), ALONE, 1, True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    prompt, rest = (tokenizer.encode(row[key]) for key in ("prompt", "completion"))
+    tokens = torch.tensor(prompt + rest + [tokenizer.eos_token_id])
+    logits = theirs(tokens[None]).logits[0, len(prompt) - 1:-1]
+    torch.nn.functional.cross_entropy(logits, tokens[len(prompt):]).backward()
+    for name, parameter in theirs.named_parameters():
+        assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def losses_of(ranks, folder, path, micro_rows):
     """Of 5 rows and of 1, which leaves a second rank without."""
     ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
-    documents = pretrain.Documents(path, load_tokenizer(folder), 16, 0)
+    documents = documents_of(path, folder)
     return [pretrain.next_token_loss(ours, documents, range(n), ranks, micro_rows, True)
             for n in (5, 1)]
 
@@ -828,7 +920,7 @@ def test_the_next_token_loss_equals_transformers(world, micro_rows, policy, tmp_
     """A loss per micro-batch instead of per token, or targets off by one; a forward pass more on
     one rank than on another: FSDP's collectives hang or mix."""
     path = write_lines(tmp_path / "t.jsonl", [{"text": "think before you write " * 9}] * 5)
-    documents = pretrain.Documents(path, load_tokenizer(policy), 16, 0)
+    documents = documents_of(path, policy)
     theirs, losses = transformers.AutoModelForCausalLM.from_pretrained(policy), []
     for tokens, targets, lengths in map(documents.row, range(5)):
         pieces = torch.tensor(tokens).long().split(lengths.tolist())  # a document's tokens
@@ -858,7 +950,7 @@ def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, policy, t
 
     def run(name, steps):
         pretrain.main([f"model={policy}", f"data={path}", "seq_len=32", "batch_rows=2",
-                       "save_every=2", f"out={tmp_path / name}", f"steps={steps}",
+                       "save_every=2", f"cache={tmp_path / 'tokens'}", f"out={tmp_path / name}", f"steps={steps}",
                        "schedule=constant"])
         return weights_of(tmp_path / name)
 
@@ -871,6 +963,72 @@ def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, policy, t
         monkeypatch.setattr(pretrain.Documents, "row", lambda self, n: row(self, n % 4))
     assert not same(weights, whole) and same(run("cut", 4), whole) == (lost == "nothing")
     assert [row["step"] for row in read_log(tmp_path / "cut")] == [1, 2, 3, 4]
+
+
+def train_tokens(tmp_path, policy, *arguments):
+    path = write_lines(tmp_path / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
+    pretrain.main([f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}",
+                   "seq_len=32", "batch_rows=4", "schedule=constant", *arguments])
+
+
+def train_on_ranks(ranks, tmp_path, policy, arguments):
+    train_tokens(tmp_path, policy, *arguments)
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(policy, tmp_path):
+    """State that only the ranks which wrote it can read, or rows repeated or skipped."""
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
+    for world, steps in ((2, 2), (1, 4), (4, 6)):
+        run_on_ranks(world, train_on_ranks, tmp_path, policy,
+                     [f"out={tmp_path / 'cut'}", f"steps={steps}"])
+    whole, cut = (weights_of(tmp_path / name) for name in ("whole", "cut"))
+    for name in whole:
+        assert_close(cut[name], whole[name], atol=1e-4, rtol=1e-3)
+    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
+
+
+def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, tmp_path,
+                                                                       monkeypatch):
+    """NaN written over the weights, and from there into every checkpoint."""
+    honest = pretrain.next_token_loss
+
+    def spoiled(model, data, numbers, *rest):
+        loss = honest(model, data, numbers, *rest)
+        if numbers[0] // 4 + 1 in (2, 4, 5, 6):
+            next(model.parameters()).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(pretrain, "next_token_loss", spoiled)
+    with pytest.raises(SystemExit, match="not finite, 3 steps in a row"):
+        train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "save_every=1", "keep=9")
+    log = read_log(tmp_path / "run")
+    assert [row["step"] for row in log if row["grad_norm"] is None] == [2, 4, 5, 6]
+    one, two, three, five = (load_file(tmp_path / "run" / f"checkpoint-{step:06d}" /
+                                       "model.safetensors") for step in (1, 2, 3, 5))
+    assert same(one, two) and not same(two, three) and same(three, five)
+    assert same(weights_of(tmp_path / "run"), five)
+
+
+@pytest.mark.parametrize("fault", ["full before", "full within"])
+def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monkeypatch, capsys):
+    """A half-written checkpoint as `latest`, or the last good one pruned for it."""
+    arguments = [f"out={tmp_path / 'run'}", "save_every=2"]
+    train_tokens(tmp_path, policy, *arguments, "steps=2")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        if fault == "full before":
+            usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000)
+            patch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
+        else:
+            patch.setattr(pretrain.dcp, "save", lambda *_, **__: os.write(
+                os.open("/dev/full", os.O_WRONLY), b"x"))
+        train_tokens(tmp_path, policy, *arguments, "steps=4")
+    assert end.value.code == 2
+    line, = capsys.readouterr().err.strip().split("error: ")[1:]
+    assert "checkpoint-000004" in line and "is intact" in line
+    assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000002"
+    train_tokens(tmp_path, policy, *arguments, "steps=4")
+    assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000004"
 
 
 # ---------------------------------------------------------------- grpo: advantages and loss

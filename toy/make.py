@@ -228,7 +228,8 @@ def main(argv):
     (seed_folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 
     shared = [f"seed={config['seed']}", "beta2=0.99", "weight_decay=0.01"]
-    text = [*shared, "batch_rows=16", "micro_rows=16", "save_every=10000"]
+    text = [*shared, "batch_rows=16", "micro_rows=16", "save_every=10000",
+            f"cache={work / 'tokens'}"]
     pretrain.main([f"model={seed_folder}", "init=random", f"data={work / 'clean.jsonl'}",
                    f"out={work / 'clean'}", f"steps={config['clean_steps']}", "lr=3e-3",
                    "warmup=50", *text])
