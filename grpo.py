@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (InputError, copy_weights, load_for_sampling, load_for_training,
-                   load_tokenizer, parse_config, script, setup)
+from model import (InputError, copy_weights, count_parameters, load_config, load_for_sampling,
+                   load_for_training, load_tokenizer, parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
@@ -463,13 +463,24 @@ class Trainer:
         return step
 
 
+def plan(config):
+    """Print what a run needs: every completion as long as it may be, as many as slots at once."""
+    length, (_, found) = config["max_tokens"], load_config(config["model"])
+    sampler = sampling_plan(found, 1, length)
+    sampler["cache of all slots"] = config["slots"] * sampler.pop("cache of one completion")
+    if config["reward_model"]:
+        sampler["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1])
+    print_plan(config, config["num_prompts"] * config["num_samples"] * length,
+               max(length, config["micro_tokens"]), length, **sampler)
+
+
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
         micro_tokens=1))
     if config["plan"]:
-        return print_plan(config)
+        return plan(config)
     trainer = Trainer(config, setup())
     run = trainer.run
     if run.step >= config["steps"]:

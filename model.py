@@ -47,9 +47,9 @@ CONFIG = dict(
     model="toy/policy",  # folder or hub name
     gpus=1,              # GPUs that train together
     sample_tp=1,         # GPUs that share one copy of the sampling weights
-    max_tokens=14_000,   # prompt and completion, for the size of the cache
+    max_tokens=14_000,   # prompt and completion: of a pack in training, of a cache in sampling
 )
-HEAD_CHUNK = 1024  # rows of logits at one time: 0.6 GB a copy in fp32 at Qwen's vocabulary
+HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
 
 
 # ---------------------------------------------------------------- scripts: errors, config, ranks
@@ -371,25 +371,32 @@ class Block(nn.Module):
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """Log-probs of targets and entropies from hidden rows, a chunk of logits at a time."""
+    """Log-probs of targets and entropies from hidden rows, a chunk of logits at a time.
+
+    x (N, C), weight (V, C), targets (N,) -> two times (N,). A chunk holds two copies of its logits
+    in fp32; the backward pass makes them anew."""
 
     @staticmethod
-    def logits(x, weight, temperature):
-        logits = x @ weight.T
-        return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    def chunks(x, weight, temperature):
+        """Yield (rows, log-probs (rows, V))."""
+        size = max(1, HEAD_LOGITS // len(weight))
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            logits = x[rows] @ weight.T
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits /= temperature
+            yield rows, logits.sub_(logits.logsumexp(-1, keepdim=True))
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
         ctx.save_for_backward(x, weight, targets)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        logprobs, entropies = [], []
-        for x_part, targets_part in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
-            logits = ChunkedLogProbs.logits(x_part, weight, temperature)
-            total = logits.logsumexp(-1)
-            logprobs.append(logits.gather(1, targets_part[:, None])[:, 0] - total)
-            entropies.append(total - (logits.softmax(-1) * logits).sum(-1))
-        return torch.cat(logprobs), torch.cat(entropies)
+        found, entropies = [], []
+        for rows, logprobs in ChunkedLogProbs.chunks(x, weight, temperature):
+            found.append(logprobs.gather(1, targets[rows, None])[:, 0])
+            entropies.append(-row_products(logprobs.exp(), logprobs))
+        return torch.cat(found), torch.cat(entropies)
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):
@@ -397,22 +404,30 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=wide)
-        for start in range(0, len(x), HEAD_CHUNK):
-            rows = slice(start, start + HEAD_CHUNK)
-            logits = ChunkedLogProbs.logits(x[rows], weight, ctx.temperature)
-            logprobs = logits.log_softmax(-1)
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros(len(x), dtype=wide, device=x.device)
+        for rows, logprobs in ChunkedLogProbs.chunks(x, weight, ctx.temperature):
             probs = logprobs.exp()
-            grad = torch.zeros_like(logits)
-            if grad_logprobs is not None:  # d logprob / d logits = onehot - probs
-                grad -= probs * grad_logprobs[rows, None]
-                grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
-            if grad_entropies is not None:  # d H / d logits = -probs (logprobs + H)
-                entropy = -(probs * logprobs).sum(-1, keepdim=True)
-                grad -= probs * (logprobs + entropy) * grad_entropies[rows, None]
-            grad = (grad / ctx.temperature).to(x.dtype)
+            if grad_entropies is None:
+                grad = probs.mul_(-grad_logprobs[rows, None])
+            else:  # d H / d logits = -probs (logprobs + H)
+                entropy = -row_products(probs, logprobs)[:, None]
+                grad = logprobs.add_(entropy).mul_(-grad_entropies[rows, None])
+                grad.sub_(grad_logprobs[rows, None]).mul_(probs)
+            # d logprob / d logits = onehot - probs
+            grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
+            grad = grad.div_(ctx.temperature).to(x.dtype)
             grad_x[rows] = grad @ weight
-            grad_weight += grad.T @ x[rows]
+            if grad.dtype == wide:
+                grad_weight.addmm_(grad.T, x[rows])
+            else:
+                grad_weight += grad.T @ x[rows]
         return grad_x, grad_weight.to(weight.dtype), None, None
+
+
+def row_products(a, b):
+    """Sums of a b over the columns (R, V) -> (R,), without a third matrix."""
+    return torch.einsum("rv,rv->r", a, b)
 
 
 class Backbone(nn.Module):
@@ -518,7 +533,7 @@ def copy_weights(source, target):
 
 # ---------------------------------------------------------------- folders
 
-def find_folder(name):
+def find_folder(name, with_weights=False):
     """A local folder, or a hub repository brought to one (local cache first)."""
     folder = Path(name)
     if folder.is_dir():
@@ -530,16 +545,16 @@ def find_folder(name):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja",
-                                                            "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[
+            "*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: no such folder, and the hub says: {reason}") from None
 
 
-def load_config(name):
+def load_config(name, with_weights=False):
     """(folder, config dict) of a Qwen2 folder, checked."""
-    folder = find_folder(name)
+    folder = find_folder(name, with_weights)
     path = folder / "config.json"
     config = read_config(path)
     architecture = (config.get("architectures") or ["none"])[0]
@@ -640,7 +655,7 @@ def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recom
 
     config replaces the folder's (a score head on a language model, say) and new names the
     parameters that the folder does not have; with a seed all weights are random."""
-    folder, found = load_config(name)
+    folder, found = load_config(name, with_weights=seed is None)
     with torch.device("meta"):
         model = Qwen2(config or found, recompute).to(dtype)
     if ranks is not None:
@@ -708,26 +723,57 @@ def count_parameters(config):
         return sum(p.numel() for p in Qwen2(config).parameters())
 
 
-def memory_plan(config, gpus, sample_tp, max_tokens):
-    """Bytes per GPU by kind (design: fp32 master, two moments and gradient; a bf16 sampler)."""
-    count = count_parameters(config)
-    per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] \
-        * head_size(config)  # keys and values in bf16
-    return {"parameters": count, "training bytes": 16 * count // gpus,
-            "sampler bytes": 2 * count // sample_tp,
-            "cache bytes per completion": per_token * max_tokens // sample_tp,
-            "block inputs bytes per 1,000 tokens":
-                2_000 * config["hidden_size"] * config["num_hidden_layers"]}
+def count_multiplied(config):
+    """Parameters that every token is multiplied by: not an embedding apart from the head."""
+    embedding = config["vocab_size"] * config["hidden_size"]
+    return count_parameters(config) - (0 if config.get("tie_word_embeddings") else embedding)
+
+
+def flops_per_token(config, length):
+    """Forward and backward, of a token in a sequence of this length: causal attention, no credit
+    for recomputation."""
+    return 6 * (count_multiplied(config)
+                + config["num_hidden_layers"] * config["hidden_size"] * length)
+
+
+def training_plan(config, gpus, pack_tokens):
+    """{kind: bytes on each GPU} of training in packs of so many tokens, blocks recomputed."""
+    C, layers = config["hidden_size"], config["num_hidden_layers"]
+    count, head = count_parameters(config), config["vocab_size"] * C
+    tables = head if config.get("tie_word_embeddings") else 2 * head
+    block = (count - tables) // layers
+    qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * head_size(config)
+    inside = 5 * C + 2 * qkv + 4 * config["intermediate_size"]  # what a block's backward reads
+    return {"fp32 weights, two moments, gradient": 16 * count // gpus,
+            "two gathered blocks, one's gradient": (2 * 2 + 4) * block,
+            "gathered embedding and head, gradient": 2 * tables + 4 * head,
+            "saved block inputs": 2 * C * layers * pack_tokens,
+            "one recomputed block": 2 * inside * pack_tokens,
+            "logits of a chunk":
+                3 * 4 * min(HEAD_LOGITS, config["vocab_size"] * pack_tokens)}
+
+
+def sampling_plan(config, sample_tp, max_tokens):
+    """{kind: bytes on each GPU} of a bf16 sampler, and of each completion of so many tokens."""
+    keys = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_size(config)
+    return {"sampling weights": 2 * count_parameters(config) // sample_tp,
+            "cache of one completion": keys * max_tokens // sample_tp}
+
+
+def print_table(values):
+    for name, value in values.items():
+        print(f"  {name:<46} {value:>18,}" if isinstance(value, int) else
+              f"  {name:<46} {value:>18}")
 
 
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, limits=dict(gpus=1, sample_tp=1, max_tokens=1))
-    _, model_config = load_config(config["model"])
-    print(f"{config['model']}: {model_config['architectures'][0]}")
-    plan = memory_plan(model_config, config["gpus"], config["sample_tp"], config["max_tokens"])
-    for name, value in plan.items():
-        print(f"  {name:<36} {value:>20,}")
+    _, found = load_config(config["model"])
+    print(f"{config['model']}: {found['architectures'][0]}; bytes on each GPU")
+    print_table({"parameters": count_parameters(found)}
+                | training_plan(found, config["gpus"], config["max_tokens"])
+                | sampling_plan(found, config["sample_tp"], config["max_tokens"]))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
     python pretrain.py data='{"books/*.jsonl": 0.99, "thoughts.jsonl": 0.01}' seq_len=32768
 
-Rows are {"text"}, trained on whole; {"prompt", "completion"}, {"messages"}, trained on what the
-assistant says; or {"prompt", "plan", "text"}, which becomes <think>plan</think><answer>text</answer>.
+Rows are {"text"}, trained on whole; {"prompt", "completion"} or {"messages"}, trained on what the
+assistant says; or {"prompt", "plan", "text"}: <think>plan</think><answer>text</answer>.
 Documents are tokenised once, into `cache`, each ended by the end-of-text token, joined, and cut
 into rows of seq_len tokens. Attention never crosses from one document to another.
 
@@ -39,8 +39,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, load_config, load_for_training, load_tokenizer,
-                   memory_plan, open_folder, parse_config, save_folder, script, setup)
+from model import (InputError, count_parameters, flops_per_token, load_config,
+                   load_for_training, load_tokenizer, open_folder, parse_config, print_table,
+                   save_folder, script, setup, training_plan)
 from sample import apply_template, checked_rows, read_done, render_chat
 
 TRAINING = dict(  # keys that every training script has
@@ -79,6 +80,7 @@ TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep
                        max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
+H100_FLOPS, PLAN_MFU = 989e12, 0.4  # bf16, dense; the share that a plan counts on
 TOKENS_FORMAT = 1  # of the cache: another number, and all is tokenised anew
 
 
@@ -281,13 +283,20 @@ def draw_curves(folder, panels):
     plt.close(figure)
 
 
-def print_plan(config):
-    """What a training run of this model needs, and nothing started."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    tokens = config.get("max_tokens") or config.get("seq_len") or config.get("max_len")
-    _, model_config = load_config(config["model"])
-    for name, value in memory_plan(model_config, world, 1, tokens).items():
-        print(f"{name:<36} {value:>20,}")
+def print_plan(config, tokens, pack_tokens, length, **more):
+    """What a training run needs, and nothing started. tokens: of a step over all GPUs, in
+    sequences of this length; pack_tokens: of a forward pass; more: other {kind: bytes}."""
+    gpus, (_, found) = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])
+    kinds = training_plan(found, gpus, pack_tokens) | more
+    flops = tokens * flops_per_token(found, length)
+    print(f"{config['model']} on {gpus} GPUs; bytes on each")
+    print_table(kinds | {"together": sum(kinds.values())})
+    print("each step")
+    print_table({"parameters": count_parameters(found), "tokens": tokens,
+                 "FLOPs": f"{flops:.3g}", f"seconds at {PLAN_MFU:.0%} of an H100's 989 TFLOP/s":
+                 f"{flops / (gpus * PLAN_MFU * H100_FLOPS):,.1f}",
+                 "tokens of the run": tokens * config["steps"],
+                 "steps for a billion tokens": -(-10 ** 9 // tokens)})
 
 
 def train(run, model, optimizer, accumulate, validate, panels, tokens):
@@ -414,7 +423,8 @@ class Documents:
 
     def __init__(self, paths, tokenizer, seq_len, seed, cache, ranks):
         digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-        digest.update(str([tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]).encode())
+        settings = [tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]
+        digest.update(repr(settings).encode())
         for path in paths:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -518,7 +528,8 @@ def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
         seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]))
     if config["plan"]:
-        return print_plan(config)
+        return print_plan(config, config["batch_rows"] * config["seq_len"],
+                          config["micro_rows"] * config["seq_len"], config["seq_len"])
     ranks = setup()
     if config["batch_rows"] % ranks.world:
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "

@@ -265,7 +265,8 @@ def main(argv):
         batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6,
         template=LIMITS["template"]))
     if config["plan"]:
-        print_plan(config)
+        print_plan(config, 2 * config["batch_pairs"] * config["max_len"],
+                   2 * config["micro_pairs"] * config["max_len"], config["max_len"])
     elif config["responses"]:
         print_components(config)
     else:

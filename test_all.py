@@ -5,6 +5,7 @@
 Models are tiny and random, the tokenizer is made here, nothing needs a network or toy/.
 """
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -15,9 +16,14 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import pytest
@@ -213,7 +219,7 @@ def test_logits_equal_transformers(case, dtype, tolerance, tmp_path):
 def test_chunked_log_probs_equal_autograd_through_full_logits(temperature, monkeypatch):
     """A gradient that forgets the temperature, the entropy, or the rows of a last short chunk.
     gradcheck asks for each answer's gradient alone, where the other's is None."""
-    monkeypatch.setattr(network, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(network, "HEAD_LOGITS", 4 * 9)
     torch.manual_seed(0)
     leaves = [torch.randn(n, 6).double().requires_grad_() for n in (11, 9)]  # rows and weight
     targets, scale = torch.randint(9, (11,)), torch.randn(2, 11).double()
@@ -319,6 +325,66 @@ def test_a_saved_folder_round_trips_through_transformers(architecture, changes, 
     assert back.state_dict().keys() == expected.keys() and same(back.state_dict(), expected)
     again = dict(load_model(str(tmp_path / "ours"), "cpu").named_parameters())
     assert same(dict(ours.named_parameters()), again)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub, for one repository at org/name."""
+    folder, asked = None, []
+
+    def do_GET(self):
+        path = urlparse(self.path).path
+        self.asked.append(path)
+        files = [file for file in self.folder.iterdir() if file.is_file()]
+        if path == "/api/models/org/name/revision/main":
+            return self.answer(json.dumps({"id": "org/name", "sha": "0" * 40, "siblings": [
+                {"rfilename": file.name} for file in files]}).encode())
+        if path.startswith("/api/models/org/name/tree/"):
+            return self.answer(json.dumps([
+                {"type": "file", "path": file.name, "size": file.stat().st_size,
+                 "oid": hashlib.sha1(file.read_bytes()).hexdigest()} for file in files]).encode())
+        name = path.removeprefix(f"/org/name/resolve/{'0' * 40}/")
+        if name in [file.name for file in files]:
+            return self.answer((self.folder / name).read_bytes())
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body):
+        self.send_response(200)
+        for name, value in {"ETag": f'"{hashlib.sha1(body).hexdigest()}"',
+                            "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path):
+    """Weights fetched for a plan, a name that works on a machine with the hub alone, or a
+    traceback of the hub's instead of a line."""
+    make_model(tmp_path / "model")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.folder = tmp_path / "model"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+                                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+
+    def ask(call, name="org/name"):
+        code = f"import model\nprint(model.{call}('{name}'))"
+        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=TOY.parent,
+                              capture_output=True, text=True)
+
+    assert "Qwen2ForCausalLM" in ask("load_config").stdout
+    assert not any("safetensors" in path for path in Hub.asked)
+    assert "Qwen2" in ask("load_model", "org/name', 'cpu").stdout
+    assert any("model.safetensors" in path for path in Hub.asked)
+    assert "InputError: org/other" in ask("load_config", "org/other").stderr
+    server.shutdown()
+    server.server_close()
+    assert "Qwen2" in ask("load_model", "org/name', 'cpu").stdout
 
 
 def test_arguments_get_the_types_of_the_defaults():
@@ -1029,6 +1095,46 @@ def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monke
     assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000002"
     train_tokens(tmp_path, policy, *arguments, "steps=4")
     assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000004"
+
+
+class Killed(BaseException):
+    """As a kill -9 would end the process: nothing of ours may catch it."""
+
+
+@pytest.fixture(scope="module")
+def whole_tokens(policy, tmp_path_factory):
+    """(weights, log) of six steps that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_tokens(folder, policy, f"out={folder / 'run'}", "steps=6", "save_every=2", "keep=1")
+    return weights_of(folder / "run"), read_log(folder / "run")
+
+
+@pytest.mark.parametrize("stage", ["save_folder", "dcp.save", "sync_folder", "os.replace",
+                                   "point_link", "Run.prune"])
+def test_a_save_may_die_at_any_stage(stage, policy, whole_tokens, tmp_path, monkeypatch):
+    """A half-written checkpoint that `latest` names, or the one before it deleted too early."""
+    *path, name = stage.split(".")
+    owner, saves = getattr(pretrain, path[0]) if path else pretrain, []
+    done = getattr(owner, name)
+
+    def dying(*args, **kwargs):
+        result = done(*args, **kwargs)
+        if name != "replace" or Path(args[1]).name.startswith("checkpoint-"):
+            saves.append(stage)
+        if len(saves) == 2:
+            raise Killed
+        return result
+
+    arguments = [f"out={tmp_path / 'run'}", "steps=6", "save_every=2", "keep=1"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, dying)
+        train_tokens(tmp_path, policy, *arguments)
+    train_tokens(tmp_path, policy, *arguments)
+    weights, log = whole_tokens
+    timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"}
+                             for row in rows]
+    assert same(weights_of(tmp_path / "run"), weights)
+    assert timeless(read_log(tmp_path / "run")) == timeless(log)
 
 
 # ---------------------------------------------------------------- grpo: advantages and loss

@@ -1,7 +1,8 @@
-"""Side by side on the CPU: sampling against transformers, GRPO steps against TRL.
+"""Side by side on the CPU: sampling and training against transformers, GRPO steps against TRL.
 
     pip install -r bench/requirements.txt
     python bench/compare.py                                  # all parts
+    python bench/compare.py parts=train,memory
     python bench/compare.py parts=step steps=5 curve_steps=120
 
 Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
@@ -12,10 +13,16 @@ saving; the settings are printed.
 Ragged rows come in the file's order on both sides: how long a text becomes is not known before.
 A second line gives the peer batches sorted by what will be their length.
 
+Training: random weights (about 8 million parameters), documents of median 300 tokens in rows of
+2,048. The peer is transformers' Qwen2 in a plain loop: full logits, position ids that start anew
+and a mask of blocks for each row, made beforehand; rows that one document fills need neither.
+Memory: the loss and its backward pass alone, beyond the head's weight and all gradients.
+
 TRL stops at end-of-text only, so its model's generate gets the stop string </answer> as well:
 without it, completions would run on after the answer on one side alone.
 """
 import functools
+import multiprocessing
 import os
 import statistics
 import sys
@@ -31,15 +38,16 @@ import transformers
 from tqdm import tqdm
 
 import grpo
-from model import (find_commit, load_for_sampling, load_tokenizer, parse_config, script,
-                   setup)
+from model import (ChunkedLogProbs, find_commit, load_for_sampling, load_model, load_tokenizer,
+                   parse_config, script, setup)
+from pretrain import apply_gradient, make_optimizer, to_pack
 from reward import rule_rewards
 from sample import Stops, apply_template, encode_prompts, generate, load_prompts
 
 CONFIG = dict(
     model="toy/policy",
     prompts="toy/prompts.jsonl",
-    parts="sample,ragged,step",  # any of them
+    parts="sample,ragged,step,train,memory",  # any of them
     runs=5,                      # of each side
     steps=4,                     # GRPO steps a run, after one to warm up
     curve_steps=0,               # steps of one long run of each side, for the rewards at its end
@@ -192,6 +200,121 @@ def compare_steps(config):
             print(f"{name}: {len(seconds)} steps in {sum(seconds):.0f} s, last ten: {last}")
 
 
+# ---------------------------------------------------------------- training
+
+TRAINED = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+               num_key_value_heads=2, vocab_size=8192, max_position_embeddings=2048,
+               tie_word_embeddings=True)
+ROW, ROWS = 2048, 4  # tokens a row, rows a step
+
+
+def make_rows(rng, median):
+    """Rows as pretrain.Documents.row gives them; documents log-normal, or of whole rows."""
+    rows = []
+    for _ in range(ROWS):
+        lengths = np.array([ROW])
+        if median < ROW:
+            lengths = np.maximum(2, rng.lognormal(np.log(median), 0.7, 100).astype(int))
+            lengths = lengths[:np.searchsorted(lengths.cumsum(), ROW) + 1]
+            lengths[-1] -= lengths.sum() - ROW
+        tokens = rng.integers(0, TRAINED["vocab_size"], ROW)
+        targets = np.append(tokens[1:], -1)
+        targets[lengths.cumsum() - 1] = -1
+        rows.append((tokens, targets, lengths))
+    return rows
+
+
+def train_ours(model, optimizer, rows):
+    tokens, targets, cu_seqlens = to_pack(rows, torch.device("cpu"))
+    logprobs, _ = model(tokens, cu_seqlens, targets=targets)
+    (-logprobs.sum() / (targets >= 0).sum()).backward()
+    apply_gradient(model, optimizer, 1e-4, 1.0)
+
+
+def train_theirs(model, optimizer, batches, count):
+    for tokens, targets, positions, mask in batches:
+        logits = model(tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        (torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                                           ignore_index=-1, reduction="sum") / count).backward()
+    apply_gradient(model, optimizer, 1e-4, 1.0)
+
+
+def to_batches(rows, size):
+    """Rows for transformers, `size` at a time: tokens, targets, positions, mask (None if causal)."""
+    batches = []
+    for start in range(0, len(rows), size):
+        tokens, targets, lengths = zip(*rows[start:start + size])
+        number = torch.tensor(np.stack([np.repeat(np.arange(len(n)), n) for n in lengths]))
+        positions = torch.tensor(np.stack([np.concatenate([np.arange(m) for m in n])
+                                           for n in lengths]))
+        mask = (number[:, None, :, None] == number[:, None, None, :]) & torch.ones(
+            ROW, ROW, dtype=torch.bool).tril()
+        is_plain = all(len(n) == 1 for n in lengths)
+        batches.append((torch.tensor(np.stack(tokens)), torch.tensor(np.stack(targets)), positions,
+                        None if is_plain else mask))
+    return batches
+
+
+def compare_training(config):
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TRAINED))
+        made.save_pretrained(folder)
+        ours = load_model(folder, "cpu")
+    theirs = made.train()
+    optimizers = [make_optimizer(model, 0.1, 0.95) for model in (ours, theirs)]
+    for what, median in (("documents of median 300 tokens", 300), ("documents of 2,048", ROW)):
+        rows = make_rows(rng, median)
+        count, best = sum(int((targets >= 0).sum()) for _, targets, _ in rows), {}
+        for size in (1, 2, 4):
+            batches = to_batches(rows, size)
+            train_theirs(theirs, optimizers[1], batches, count)  # warm
+            start = time.perf_counter()
+            train_theirs(theirs, optimizers[1], batches, count)
+            best[size] = time.perf_counter() - start
+        size = min(best, key=best.get)
+        batches = to_batches(rows, size)
+        print(f"theirs: micro-batches of {size} rows (of { {b: round(s, 2) for b, s in best.items()} }"
+              " s), SDPA, fp32, fused AdamW", file=sys.stderr)
+        train_ours(ours, optimizers[0], rows)  # warm
+        print_ratio(f"training, {what}", alternate({
+            "ours": lambda: train_ours(ours, optimizers[0], rows),
+            "theirs": lambda: train_theirs(theirs, optimizers[1], batches, count)},
+            config["runs"]), ROW * ROWS)
+
+
+def head_peak(is_ours, tokens, hidden=896, vocab=151_936):
+    """Bytes that loss and backward pass take at their peak, beyond weight and gradients."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, hidden).mul_(0.02).requires_grad_() for n in (tokens, vocab))
+    targets = torch.randint(vocab, (tokens,))
+
+    def memory(kind):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(kind))
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts from here
+    before = memory("VmRSS")
+    if is_ours:
+        loss = -ChunkedLogProbs.apply(x, weight, targets, 1.0)[0].mean()
+    else:
+        loss = torch.nn.functional.cross_entropy(x @ weight.T, targets)
+    loss.backward()
+    return memory("VmHWM") - before - 4 * (x.numel() + weight.numel()), loss.item()
+
+
+def compare_memory(config):
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        (ours, loss), (theirs, expected) = (pool.apply(head_peak, (is_ours, 4096))
+                                            for is_ours in (True, False))
+    assert abs(loss - expected) < 1e-3
+    print(f"| loss and backward, 4,096 tokens x 151,936 | {ours / 1e9:.2f} GB | "
+          f"{theirs / 1e9:.2f} GB | {theirs / ours:.1f} |")
+    print(f"| the same, 16,384 tokens, extrapolated | {ours / 1e9:.2f} GB | "
+          f"{4 * theirs / 1e9:.2f} GB | {4 * theirs / ours:.1f} |")
+
+
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, dict(runs=1, steps=1, threads=1))
@@ -211,6 +334,10 @@ def main(argv):
         compare_sampling(config, "the same, the peer's batches sorted", lengths, is_sorted=True)
     if "step" in config["parts"]:
         compare_steps(config)
+    if "train" in config["parts"]:
+        compare_training(config)
+    if "memory" in config["parts"]:
+        compare_memory(config)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import model
-from model import (ChunkedLogProbs, InputError, Qwen2, Ranks, Span, count_parameters,
-                   find_commit, head_size, parse_config, rope_frequencies, script, setup, shard)
+from model import (ChunkedLogProbs, InputError, Qwen2, Ranks, Span, count_multiplied,
+                   count_parameters, find_commit, flops_per_token, head_size, parse_config,
+                   rope_frequencies, script, setup, shard)
 from pretrain import apply_gradient, make_optimizer
 from sample import LOOK_EVERY, generate, sample_tokens
 
@@ -161,12 +162,6 @@ def make_model(config, device, dtype, ranks=None, recompute=False):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.normal_(0, 0.02) if parameter.dim() > 1 else local.fill_(float("norm" in name))
     return network
-
-
-def count_multiplied(config):
-    """Parameters that every token is multiplied by: not an embedding apart from the head."""
-    embedding = config["vocab_size"] * config["hidden_size"]
-    return count_parameters(config) - (0 if config["tie_word_embeddings"] else embedding)
 
 
 # ---------------------------------------------------------------- attention
@@ -380,8 +375,7 @@ def train_row(s, recompute):
     step = partial(train_step, network, make_optimizer(network, 0.1, 0.95), tokens,
                    torch.arange(0, N + 1, T, dtype=torch.int32, device=device), targets)
     seconds, static = time_calls(step, repeats=3), step()
-    flops = 6 * N * (count_multiplied(s.config)
-                     + s.config["num_hidden_layers"] * s.config["hidden_size"] * T)
+    flops = N * flops_per_token(s.config, T)
     return [f"{seconds:.3f}", f"{N / seconds:,.0f}",
             f"{flops / seconds / PEAK_FLOPS:.1%}" if device.type == "cuda" else "-",
             gigabytes(torch.cuda.max_memory_allocated), static,
