@@ -380,7 +380,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     def chunks(x, weight, temperature):
         """Yield (rows, log-probs (rows, V))."""
         size = max(1, HEAD_LOGITS // len(weight))
-        for start in range(0, len(x), size):
+        for start in range(0, max(1, len(x)), size):  # one empty chunk of no rows
             rows = slice(start, start + size)
             logits = x[rows] @ weight.T
             logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -287,6 +287,8 @@ def print_plan(config, tokens, pack_tokens, length, **more):
     """What a training run needs, and nothing started. tokens: of a step over all GPUs, in
     sequences of this length; pack_tokens: of a forward pass; more: other {kind: bytes}."""
     gpus, (_, found) = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])
+    if os.environ.get("RANK", "0") != "0":
+        return
     kinds = training_plan(found, gpus, pack_tokens) | more
     flops = tokens * flops_per_token(found, length)
     print(f"{config['model']} on {gpus} GPUs; bytes on each")
@@ -299,12 +301,14 @@ def print_plan(config, tokens, pack_tokens, length, **more):
                  "steps for a billion tokens": -(-10 ** 9 // tokens)})
 
 
-def train(run, model, optimizer, accumulate, validate, panels, tokens):
+def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
     """Resume, then step until the steps are done or a rank has to stop; log, save and draw.
 
     accumulate(step) leaves a gradient and returns what to log, a loss at least; validate()
-    returns more to log every eval_every steps; tokens: of a step, for the rate."""
+    returns more to log every eval_every steps; tokens: of a step, in sequences of this length,
+    for the rate and, on CUDA, the share of an H100's peak (mfu)."""
     config = run.config
+    flops = tokens * flops_per_token(model.config, length)
     if run.step >= config["steps"]:
         return print(f"{run.folder}: finished at step {run.step}")
     run.restore(model, optimizer)
@@ -315,7 +319,10 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens):
         row["lr"] = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                                   config["schedule"])
         row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"])
-        row["tokens_per_second"] = tokens / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        row["tokens_per_second"] = tokens / seconds
+        if run.ranks.device.type == "cuda":
+            row["mfu"] = flops / seconds / (run.ranks.world * H100_FLOPS)
         is_over = run.count_bad(not math.isfinite(row["grad_norm"]))
         if is_last or step % config["eval_every"] == 0:
             row |= validate()
@@ -558,7 +565,7 @@ def main(argv):
 
     train(run, model, optimizer, accumulate, validate if val_data else dict,
           {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]},
-          tokens=batch * config["seq_len"])
+          tokens=batch * config["seq_len"], length=config["seq_len"])
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def train_reward_model(config):
     mean_tokens = sum(len(tokens) for pair in pairs for tokens in pair) / len(pairs)
     train(Run(config, ranks), model, optimizer, accumulate, validate if val_pairs else dict,
           {"loss": ["loss", "val_loss"], "accuracy": ["accuracy", "val_accuracy"]},
-          tokens=config["batch_pairs"] * mean_tokens)
+          tokens=config["batch_pairs"] * mean_tokens, length=mean_tokens / 2)
 
 
 # ---------------------------------------------------------------- a table of responses
