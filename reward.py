@@ -27,7 +27,8 @@ from model import (InputError, load_config, load_for_sampling, load_for_training
                    load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
                       train)
-from sample import LIMITS, count_words, find_answer, find_words, load_prompts, load_rows
+from sample import (LIMITS, count_words, find_answer, find_words, load_prompts, load_rows,
+                    render_chat)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a judge
@@ -108,11 +109,8 @@ def judged_tokens(tokenizer, prompt, answer, max_len):
     """(tokens that a reward model reads, whether the answer had to be cut). A folder's own chat
     template wins; either way the last token is the one that ends the assistant's turn."""
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-    else:
-        text = "\n".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>" for t in turns)
-    tokens = tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode(render_chat(tokenizer, turns, False).rstrip(),
+                              add_special_tokens=False)
     is_cut = len(tokens) > max_len
     return (tokens[:max_len - 1] + tokens[-1:] if is_cut else tokens), is_cut
 

@@ -561,6 +561,18 @@ def test_logits_that_are_not_finite_stop_the_rollout(temperature, policy):
         list(generate(ours, prompts, [(2, 0)], stops, 9, temperature=temperature))
 
 
+def test_a_text_may_end_with_its_first_token(policy):
+    """The token that a prefill samples, which no decode step ever looks at."""
+    ours, prompts, stops = load_policy(policy, torch.float64)
+    stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
+    free, = generate(ours, prompts, [(2, 0)], stops, 20)
+    assert free.tokens[0] not in free.tokens[1:]
+    stops.tokens = {free.tokens[0]}
+    stops.may_stop[free.tokens[0]] = True
+    stopped, = generate(ours, prompts, [(2, 0)], stops, 20)
+    assert stopped.tokens == free.tokens[:1] and stopped.finish == "stop"
+
+
 # ---------------------------------------------------------------- sample: the distribution
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [
@@ -803,7 +815,23 @@ def test_answers_that_are_missing_cut_or_unclosed_have_rewards():
         assert rewards(text, [0, 11]) == [0, 0, 0]
 
 
+def test_a_little_repetition_costs_nothing(monkeypatch):
+    """Honest texts that lose 0.01 each, which normalisation makes as large as any difference."""
+    for share, penalty in ((0.0, 0), (0.1, 0), (0.25, 0.5), (0.4, 1), (1.0, 1)):
+        monkeypatch.setattr(reward, "copied_share", lambda text: share)
+        assert reward.repetition_penalty("any") == pytest.approx(penalty)
+
+
 # ---------------------------------------------------------------- reward: the reward model
+
+def test_a_text_that_is_too_long_keeps_its_last_token(policy):
+    """A score read from the middle of a sentence, where training read it at the end's token."""
+    tokenizer = load_tokenizer(policy)
+    whole, is_cut = reward.judged_tokens(tokenizer, "think", "before you write " * 9, 999)
+    part, was_cut = reward.judged_tokens(tokenizer, "think", "before you write " * 9, 20)
+    assert not is_cut and was_cut and len(part) == 20
+    assert part == whole[:19] + whole[-1:]
+
 
 @pytest.fixture(scope="module")
 def judge(policy, tmp_path_factory):
