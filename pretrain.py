@@ -436,10 +436,14 @@ class Documents:
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         self.key, self.paths = digest.hexdigest()[:16], paths
-        folder = Path(cache) / self.key
+        folder, problem = Path(cache) / self.key, None
         if ranks.rank == 0 and not folder.exists():
-            write_tokens(paths, tokenizer, folder)
-        ranks.any(f"tokens/{self.key}", False)
+            try:
+                write_tokens(paths, tokenizer, folder)
+            except InputError as error:
+                problem = error
+        if ranks.any(f"tokens/{self.key}", problem is not None):
+            raise problem or InputError(f"{paths[0]}: rank 0 could not tokenise it")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
