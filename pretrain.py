@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import warnings
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -391,22 +392,23 @@ def write_tokens(paths, tokenizer, folder, batch=1000):
     aside = folder.with_suffix(".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    sizes, end = [], np.array([tokenizer.eos_token_id], dtype=np.int32)
+    ends, end = array("q", [0]), np.array([tokenizer.eos_token_id], dtype=np.int32)
     rows = (parts for path in paths
             for parts in checked_rows(path, lambda row, number: row_parts(row, tokenizer)))
     with open(aside / "tokens.bin", "wb") as file, tqdm(
             desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
         while documents := list(itertools.islice(rows, batch)):
             texts = [text for parts in documents for text, _ in parts]
-            found = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])  # on all cores
+            found = iter(tokenizer(texts, add_special_tokens=False,  # on all cores
+                                   verbose=False)["input_ids"])
             for parts in documents:
                 pieces = [np.array(next(found), dtype=np.int32) ^ -(not is_trained)
                           for _, is_trained in parts]
                 np.concatenate([*pieces, end]).tofile(file)
-                sizes.append(sum(map(len, pieces)) + 1)
+                ends.append(ends[-1] + sum(map(len, pieces)) + 1)
             bar.update(len(documents))
-            bar.set_postfix_str(f"{sum(sizes):,} tokens")
-    np.save(aside / "ends.npy", np.cumsum(sizes))
+            bar.set_postfix_str(f"{ends[-1]:,} tokens")
+    np.save(aside / "ends.npy", np.array(ends[1:]))
     sync_folder(aside)
     os.replace(aside, folder)
 
