@@ -377,15 +377,17 @@ class ChunkedLogProbs(torch.autograd.Function):
     in fp32; the backward pass makes them anew."""
 
     @staticmethod
-    def chunks(x, weight, temperature):
-        """Yield (rows, log-probs (rows, V))."""
+    def chunks(num_rows, weight):
+        """Slices of rows; one, empty, of none."""
         size = max(1, HEAD_LOGITS // len(weight))
-        for start in range(0, max(1, len(x)), size):  # one empty chunk of no rows
-            rows = slice(start, start + size)
-            logits = x[rows] @ weight.T
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            logits /= temperature
-            yield rows, logits.sub_(logits.logsumexp(-1, keepdim=True))
+        return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
+
+    @staticmethod
+    def logprobs(x, weight, temperature):
+        logits = x @ weight.T
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits /= temperature
+        return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
@@ -393,9 +395,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         found, entropies = [], []
-        for rows, logprobs in ChunkedLogProbs.chunks(x, weight, temperature):
+        for rows in ChunkedLogProbs.chunks(len(x), weight):
+            logprobs = ChunkedLogProbs.logprobs(x[rows], weight, temperature)
             found.append(logprobs.gather(1, targets[rows, None])[:, 0])
             entropies.append(-row_products(logprobs.exp(), logprobs))
+            del logprobs  # before the next chunk's are made
         return torch.cat(found), torch.cat(entropies)
 
     @staticmethod
@@ -406,7 +410,8 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros(len(x), dtype=wide, device=x.device)
-        for rows, logprobs in ChunkedLogProbs.chunks(x, weight, ctx.temperature):
+        for rows in ChunkedLogProbs.chunks(len(x), weight):
+            logprobs = ChunkedLogProbs.logprobs(x[rows], weight, ctx.temperature)
             probs = logprobs.exp()
             if grad_entropies is None:
                 grad = probs.mul_(-grad_logprobs[rows, None])
@@ -414,6 +419,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 entropy = -row_products(probs, logprobs)[:, None]
                 grad = logprobs.add_(entropy).mul_(-grad_entropies[rows, None])
                 grad.sub_(grad_logprobs[rows, None]).mul_(probs)
+            del logprobs, probs
             # d logprob / d logits = onehot - probs
             grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
             grad = grad.div_(ctx.temperature).to(x.dtype)
@@ -422,6 +428,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, x[rows])
             else:
                 grad_weight += grad.T @ x[rows]
+            del grad
         return grad_x, grad_weight.to(weight.dtype), None, None
 
 
