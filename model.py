@@ -374,7 +374,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     """Log-probs of targets and entropies from hidden rows, a chunk of logits at a time.
 
     x (N, C), weight (V, C), targets (N,) -> two times (N,). A chunk holds two copies of its logits
-    in fp32; the backward pass makes them anew."""
+    in fp32. The backward pass makes them anew, unless they were all in one chunk, which is kept."""
 
     @staticmethod
     def chunks(num_rows, weight):
@@ -391,33 +391,36 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature):
-        ctx.save_for_backward(x, weight, targets)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        found, entropies = [], []
-        for rows in ChunkedLogProbs.chunks(len(x), weight):
+        found, entropies, kept = [], [], None
+        chunks = ChunkedLogProbs.chunks(len(x), weight)
+        for rows in chunks:
             logprobs = ChunkedLogProbs.logprobs(x[rows], weight, temperature)
             found.append(logprobs.gather(1, targets[rows, None])[:, 0])
             entropies.append(-row_products(logprobs.exp(), logprobs))
+            kept = logprobs if len(chunks) == 1 else None
             del logprobs  # before the next chunk's are made
+        ctx.save_for_backward(x, weight, targets, kept)
         return torch.cat(found), torch.cat(entropies)
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropies):
-        x, weight, targets = ctx.saved_tensors
+        x, weight, targets, kept = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         grad_weight = torch.zeros_like(weight, dtype=wide)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros(len(x), dtype=wide, device=x.device)
         for rows in ChunkedLogProbs.chunks(len(x), weight):
-            logprobs = ChunkedLogProbs.logprobs(x[rows], weight, ctx.temperature)
+            logprobs = kept if kept is not None else ChunkedLogProbs.logprobs(
+                x[rows], weight, ctx.temperature)
             probs = logprobs.exp()
             if grad_entropies is None:
                 grad = probs.mul_(-grad_logprobs[rows, None])
             else:  # d H / d logits = -probs (logprobs + H)
                 entropy = -row_products(probs, logprobs)[:, None]
-                grad = logprobs.add_(entropy).mul_(-grad_entropies[rows, None])
+                grad = (logprobs + entropy).mul_(-grad_entropies[rows, None])
                 grad.sub_(grad_logprobs[rows, None]).mul_(probs)
             del logprobs, probs
             # d logprob / d logits = onehot - probs

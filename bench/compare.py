@@ -224,11 +224,17 @@ def make_rows(rng, median):
     return rows
 
 
-def train_ours(model, optimizer, rows):
-    tokens, targets, cu_seqlens = to_pack(rows, torch.device("cpu"))
-    logprobs, _ = model(tokens, cu_seqlens, targets=targets)
-    (-logprobs.sum() / (targets >= 0).sum()).backward()
+def train_ours(model, optimizer, packs, count):
+    for tokens, targets, cu_seqlens in packs:
+        logprobs, _ = model(tokens, cu_seqlens, targets=targets)
+        (-logprobs.sum() / count).backward()
     apply_gradient(model, optimizer, 1e-4, 1.0)
+
+
+def to_packs(rows, size):
+    """Rows for us, `size` at a time."""
+    return [to_pack(rows[start:start + size], torch.device("cpu"))
+            for start in range(0, len(rows), size)]
 
 
 def train_theirs(model, optimizer, batches, count):
@@ -264,23 +270,21 @@ def compare_training(config):
     theirs = made.train()
     optimizers = [make_optimizer(model, 0.1, 0.95) for model in (ours, theirs)]
     for what, median in (("documents of median 300 tokens", 300), ("documents of 2,048", ROW)):
-        rows = make_rows(rng, median)
-        count, best = sum(int((targets >= 0).sum()) for _, targets, _ in rows), {}
-        for size in (1, 2, 4):
-            batches = to_batches(rows, size)
-            train_theirs(theirs, optimizers[1], batches, count)  # warm
-            start = time.perf_counter()
-            train_theirs(theirs, optimizers[1], batches, count)
-            best[size] = time.perf_counter() - start
-        size = min(best, key=best.get)
-        batches = to_batches(rows, size)
-        print(f"theirs: micro-batches of {size} rows (of { {b: round(s, 2) for b, s in best.items()} }"
-              " s), SDPA, fp32, fused AdamW", file=sys.stderr)
-        train_ours(ours, optimizers[0], rows)  # warm
-        print_ratio(f"training, {what}", alternate({
-            "ours": lambda: train_ours(ours, optimizers[0], rows),
-            "theirs": lambda: train_theirs(theirs, optimizers[1], batches, count)},
-            config["runs"]), ROW * ROWS)
+        rows, sides = make_rows(rng, median), {}
+        count = sum(int((targets >= 0).sum()) for _, targets, _ in rows)
+        for name, step, split, model, optimizer in (
+                ("ours", train_ours, to_packs, ours, optimizers[0]),
+                ("theirs", train_theirs, to_batches, theirs, optimizers[1])):
+            steps = {size: functools.partial(step, model, optimizer, split(rows, size), count)
+                     for size in (1, 2, 4)}
+            steps[1]()  # warm
+            seconds = alternate(steps, 2)
+            size = min(seconds, key=seconds.get)
+            sides[name] = steps[size]
+            print(f"{name}: {size} rows at a time, of "
+                  f"{ {b: round(s, 2) for b, s in seconds.items()} } s; fp32, fused AdamW",
+                  file=sys.stderr)
+        print_ratio(f"training, {what}", alternate(sides, config["runs"]), ROW * ROWS)
 
 
 def head_peak(is_ours, tokens, hidden=896, vocab=151_936):
