@@ -215,11 +215,12 @@ def test_logits_equal_transformers(case, dtype, tolerance, tmp_path):
     assert_close(entropies, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [4, 99], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_chunked_log_probs_equal_autograd_through_full_logits(temperature, monkeypatch):
-    """A gradient that forgets the temperature, the entropy, or the rows of a last short chunk.
-    gradcheck asks for each answer's gradient alone, where the other's is None."""
-    monkeypatch.setattr(network, "HEAD_LOGITS", 4 * 9)
+def test_chunked_log_probs_equal_autograd_through_full_logits(temperature, rows, monkeypatch):
+    """A gradient that forgets the temperature, the entropy, or the rows of a last short chunk, or
+    spoils what it kept. gradcheck asks for each answer's gradient alone, twice."""
+    monkeypatch.setattr(network, "HEAD_LOGITS", rows * 9)
     torch.manual_seed(0)
     leaves = [torch.randn(n, 6).double().requires_grad_() for n in (11, 9)]  # rows and weight
     targets, scale = torch.randint(9, (11,)), torch.randn(2, 11).double()
