@@ -484,7 +484,7 @@ def main(argv):
     trainer = Trainer(config, setup())
     run = trainer.run
     if run.step >= config["steps"]:
-        return print(f"{run.folder}: finished at step {run.step}")
+        return run.is_main and print(f"{run.folder}: finished at step {run.step}")
     run.restore(trainer.model, trainer.optimizer)
     step = trainer.loop()
     if run.is_main:

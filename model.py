@@ -75,9 +75,9 @@ def script(main):
     return run
 
 
-def parse_value(key, text, default):
-    """One command-line value in the type of the default; dicts and lists are JSON, and a text
-    may be a JSON dict or list instead ({"name": "file"})."""
+def parse_value(key, text, default, may_be_json=False):
+    """One command-line value in the type of the default; dicts and lists are JSON, and some texts
+    may be instead ({"file": weight})."""
     is_json = isinstance(default, (dict, list))
     try:
         if isinstance(default, bool):
@@ -87,21 +87,21 @@ def parse_value(key, text, default):
             if math.isfinite(value):
                 return value
         if isinstance(default, str):
-            return json.loads(text) if text[:1] in ("{", "[") else text
+            return json.loads(text) if may_be_json and text[:1] in ("{", "[") else text
         value = json.loads(text)
         if is_json and type(value) is type(default):
             return value
     except (ValueError, KeyError):
         pass
-    if isinstance(default, str):
-        return text
     kind = f"a JSON {type(default).__name__}" if is_json else type(default).__name__
+    kind = "a text, or a JSON dict or list" if may_be_json else kind
     raise InputError(f"{key}={text}: expected {kind}, found {text!r}")
 
 
-def parse_config(defaults, argv, limits=None):
+def parse_config(defaults, argv, limits=None, json_keys=()):
     """defaults overridden by ["key=value", "--key=value", ...]; limits: {key: least value},
-    {key: (least, most)} or {key: [each value that it may have]}."""
+    {key: (least, most)} or {key: [each value that it may have]}; json_keys: texts that may be JSON
+    dicts or lists."""
     config = copy.deepcopy(defaults)
     for argument in argv:
         key, equals, text = argument.lstrip("-").partition("=")
@@ -109,7 +109,7 @@ def parse_config(defaults, argv, limits=None):
             raise InputError(f"unknown key {key!r}; known keys: {', '.join(defaults)}")
         if not equals:
             raise InputError(f"{key}: expected {key}=value, found no value")
-        config[key] = parse_value(key, text, defaults[key])
+        config[key] = parse_value(key, text, defaults[key], key in json_keys)
     for key, limit in (limits or {}).items():
         least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
         if isinstance(limit, list):

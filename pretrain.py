@@ -12,7 +12,8 @@ Documents are tokenised once, into `cache`, each ended by the end-of-text token,
 into rows of seq_len tokens. Attention never crosses from one document to another.
 
 1. A run is a folder: config.json, log.jsonl, curves.png, checkpoint-NNNNNN/ (a Hugging Face
-   folder, with state/ to go on from), `latest` and `best`. The same command resumes it.
+   folder, with state/ to go on from), `latest` and, from grpo.py, `best`. The same command
+   resumes it.
 2. All randomness is a function of (seed, step), so there is no random state to save.
 3. The loss is the mean over the tokens of all ranks, normalised once per optimizer step.
 4. Rows keep their documents; each epoch shuffles the rows. So neither the shuffle nor the place
@@ -27,6 +28,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from array import array
@@ -77,7 +79,7 @@ CONFIG = dict(
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", "wandb"}
-TRAINING_LIMITS = dict(steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
+TRAINING_LIMITS = dict(seed=0, steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
                        max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
@@ -311,7 +313,7 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
     config = run.config
     flops = tokens * flops_per_token(model.config, length)
     if run.step >= config["steps"]:
-        return print(f"{run.folder}: finished at step {run.step}")
+        return run.is_main and print(f"{run.folder}: finished at step {run.step}")
     run.restore(model, optimizer)
     bar = tqdm(total=config["steps"], initial=run.step, disable=not run.is_main, unit="step")
     for step in range(run.step + 1, config["steps"] + 1):
@@ -386,15 +388,21 @@ def row_parts(row, tokenizer):
                      f'or "messages", found columns {sorted(row)}')
 
 
+def encodable(parts):
+    for text, _ in parts:
+        text.encode()  # half a surrogate pair is JSON, and no text
+    return parts
+
+
 def write_tokens(paths, tokenizer, folder, batch=1000):
     """Tokenise files into folder/tokens.bin, int32, each document ended by end-of-text, ~token
     where it is not trained on; folder/ends.npy says where documents end."""
-    aside = folder.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".tmp", dir=folder.parent))
+    aside.chmod(0o755)  # a temporary folder is its owner's alone
     ends, end = array("q", [0]), np.array([tokenizer.eos_token_id], dtype=np.int32)
-    rows = (parts for path in paths
-            for parts in checked_rows(path, lambda row, number: row_parts(row, tokenizer)))
+    check = lambda row, number: encodable(row_parts(row, tokenizer))
+    rows = (parts for path in paths for parts in checked_rows(path, check))
     with open(aside / "tokens.bin", "wb") as file, tqdm(
             desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
         while documents := list(itertools.islice(rows, batch)):
@@ -410,7 +418,10 @@ def write_tokens(paths, tokenizer, folder, batch=1000):
             bar.set_postfix_str(f"{ends[-1]:,} tokens")
     np.save(aside / "ends.npy", np.array(ends[1:]))
     sync_folder(aside)
-    os.replace(aside, folder)
+    try:
+        os.replace(aside, folder)
+    except OSError:  # another run was faster, with the same tokens
+        shutil.rmtree(aside)
 
 
 def find_files(names):
@@ -418,9 +429,10 @@ def find_files(names):
     files = []
     for name in [names] if isinstance(names, str) else names:
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-        files += [Path(path) for path in found]
-        if not all(path.is_file() for path in files) or not found:
+        found = [Path(path) for path in found if Path(path).is_file()]
+        if not found:
             raise InputError(f"{name}: no such file")
+        files += found
     return files
 
 
@@ -431,6 +443,10 @@ class Documents:
     Every token but a document's first is a target once an epoch; a prompt's tokens never are."""
 
     def __init__(self, paths, tokenizer, seq_len, seed, cache, ranks):
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{tokenizer.name_or_path}: expected a tokenizer with an eos_token")
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
         settings = [tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]
         digest.update(repr(settings).encode())
@@ -442,12 +458,16 @@ class Documents:
         if ranks.rank == 0 and not folder.exists():
             try:
                 write_tokens(paths, tokenizer, folder)
-            except InputError as error:
-                problem = error
+            except (InputError, OSError) as error:
+                problem = InputError(f"cache={cache}: {error}" if isinstance(error, OSError)
+                                     else str(error))
         if ranks.any(f"tokens/{self.key}", problem is not None):
             raise problem or InputError(f"{paths[0]}: rank 0 could not tokenise it")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+        if len(self.tokens) != self.ends[-1]:
+            raise InputError(f"{folder}: expected {self.ends[-1]} tokens, found "
+                             f"{len(self.tokens)}; remove the folder")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self.num_rows = -(-len(self.tokens) // seq_len)
 
@@ -492,6 +512,8 @@ class Mixture:
 
 def load_data(data, *options):
     """A Mixture of what data names: a file or glob, a list of them, or {file or glob: weight}."""
+    if not data or not all(isinstance(name, str) for name in data):
+        raise InputError(f"data={data}: expected files or globs")
     if not isinstance(data, dict):
         return Mixture([Documents(find_files(data), *options)], [1])
     for name, weight in data.items():
@@ -523,9 +545,9 @@ def next_token_loss(model, data, numbers, ranks, micro_rows, train):
              for part in deal_evenly(numbers, ranks, micro_rows)]
     total = sum(ranks.gather([sum(int((targets >= 0).sum()) for part in parts
                                   for _, targets, _ in part)]))
-    loss, spare = 0.0, data.row(numbers[-1])
+    loss = 0.0
     for part in parts:
-        tokens, targets, cu_seqlens = to_pack(part or [spare], ranks.device)
+        tokens, targets, cu_seqlens = to_pack(part or [data.row(numbers[-1])], ranks.device)
         targets = targets if part else targets * 0 - 1  # without rows: take part, count nothing
         with torch.set_grad_enabled(train):
             logprobs, _ = model(tokens, cu_seqlens, targets=targets)
@@ -539,7 +561,7 @@ def next_token_loss(model, data, numbers, ranks, micro_rows, train):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
-        seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]))
+        seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]), json_keys={"data"})
     if config["plan"]:
         return print_plan(config, config["batch_rows"] * config["seq_len"],
                           config["micro_rows"] * config["seq_len"], config["seq_len"])

@@ -209,8 +209,12 @@ def render_chat(tokenizer, turns, to_answer):
     """A conversation of {"role", "content"} as text, by the checkpoint's own chat template where
     it has one; to_answer opens the assistant's turn."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(turns, tokenize=False,
-                                             add_generation_prompt=to_answer)
+        from jinja2 import TemplateError
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False,
+                                                 add_generation_prompt=to_answer)
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template says: {error}") from None
     said = (f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
     return "".join(said) + "<|im_start|>assistant\n" * to_answer
 

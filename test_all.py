@@ -940,7 +940,17 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
     monkeypatch.setattr(pretrain, "write_tokens", None)
     assert documents_of(path.rename(tmp_path / "u.jsonl"), policy).tokens.tolist() == tokens
     monkeypatch.undo()
-    assert documents_of(write_lines(path, [{"text": "one two four"}]), policy).key != key
+    other = documents_of(write_lines(path, [{"text": "one two four"}]), policy)
+    assert other.key != key
+    tokenizer = load_tokenizer(policy)  # truncation in a tokenizer.json is not part of the key
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    for _ in range(2):
+        found = pretrain.Documents([path], tokenizer, 16, 0, tmp_path / "other", ALONE)
+        assert found.key == other.key and found.tokens.tolist() == other.tokens.tolist()
+    path.rename(tmp_path / "v.jsonl")
+    (tmp_path / "other" / found.key / "tokens.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="remove the folder"):
+        pretrain.Documents([tmp_path / "v.jsonl"], tokenizer, 16, 0, tmp_path / "other", ALONE)
 
 
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
@@ -948,13 +958,13 @@ def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
     good[7] = json.dumps({"text": "long " * 400_000}).encode()  # 2 MB
     good[8] = b'{"text": ""}'  # a document of one token, the end
-    bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut']
+    bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
     path.write_bytes(b"\n".join(good[:50] + bad + good[50:]))
     documents = documents_of(path, policy)
     assert len(documents.ends) == 400 and np.diff(documents.ends)[7] == 1
     out = capsys.readouterr().out
-    assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53))
+    assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53, 54))
     for lines, words in [(good[:9] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
                          ([b""], "expected rows, found none"), (None, "no such file")]:
         path.unlink() if lines is None else path.write_bytes(b"\n".join(lines))
@@ -1365,6 +1375,8 @@ def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     (grpo, "prompts=nowhere.jsonl", "nowhere.jsonl"), (grpo, "model=nowhere", "nowhere"),
     (grpo, "reward_model=toy/prompts.jsonl", "toy/prompts.jsonl"),
     (grpo, "out=/dev/null/run", "out=/dev/null/run"), (grpo, "max_tokens=600", "context"),
+    (pretrain, 'data={"a": b', "a JSON dict or list"), (pretrain, "data=[]", "files or globs"),
+    (pretrain, 'data={"toy/text.jsonl.gz": 0}', "a weight above 0"),
     (pretrain, "init=zeros", "init=zeros: expected one of 'folder', 'random'"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
     (sample, "model=/nowhere", "/nowhere"), (sample, "prompts=nowhere.jsonl", "nowhere.jsonl"),
