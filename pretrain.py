@@ -464,10 +464,11 @@ class Documents:
         if ranks.any(f"tokens/{self.key}", problem is not None):
             raise problem or InputError(f"{paths[0]}: rank 0 could not tokenise it")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
+        size = (folder / "tokens.bin").stat().st_size
+        if size != 4 * self.ends[-1]:
+            raise InputError(f"{folder}: expected {4 * self.ends[-1]} bytes of tokens, found "
+                             f"{size}; remove the folder")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-        if len(self.tokens) != self.ends[-1]:
-            raise InputError(f"{folder}: expected {self.ends[-1]} tokens, found "
-                             f"{len(self.tokens)}; remove the folder")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self.num_rows = -(-len(self.tokens) // seq_len)
 
