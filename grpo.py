@@ -58,7 +58,7 @@ CONFIG = dict(
     ratio_cap=2.0,                 # of trainer over sampler, per token
     micro_tokens=8192,             # tokens a forward pass, on each rank
     slots=64,                      # sequences that a rank decodes together
-    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=30, save_every=30),
+    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
 )
 COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
