@@ -21,9 +21,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from datetime import timedelta
+import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
@@ -59,20 +62,70 @@ class InputError(Exception):
 
 
 def script(main):
-    """Wrap a script's main(argv): one line on standard error and exit status 2 for bad input."""
+    """Wrap a script's main(argv): one line on standard error and exit status 2 for bad input; of
+    ranks that fail together, one tells."""
     @functools.wraps(main)
     def run(argv=None):
         had_group = dist.is_initialized()
         try:
             main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            if is_first_to_fail():
+                tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
+        except Exception:
+            if not dist.is_initialized() or is_first_to_fail():
+                raise
+            sys.exit(1)  # most likely because of the one that has told
+        except BaseException:  # an end that was asked for
+            is_first_to_fail()
+            raise
         if dist.is_initialized() and not had_group:
+            setup().any("end", False)  # the slowest may take longer than a collective waits
             dist.barrier()  # without it some ranks die at exit
             dist.destroy_process_group()
     return run
+
+
+def is_first_to_fail():
+    """Whether no other rank has failed before; before ranks know of each other, rank 0 has."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the rank that holds the store is gone
+        return False
+
+
+def watch_peers(store, rank, world):
+    """Start a thread that ends this process soon after another rank has failed or died: nobody is
+    left to finish a step with, and nothing half done may be saved."""
+    host = socket.gethostname()
+    store.set(f"process/{rank}", f"{host} {os.getpid()}")
+
+    def has_died(peer):
+        where, pid = store.get(f"process/{peer}").decode().split()
+        try:
+            if where == host:
+                os.kill(int(pid), 0)  # signal 0 only asks whether there is such a process
+            return False
+        except ProcessLookupError:
+            return not store.check([f"end/{peer}"])
+
+    def watch():
+        try:
+            while not (store.check(["failures"]) or any(map(has_died, range(world)))):
+                time.sleep(1)
+            time.sleep(3)  # for ranks that end by themselves, and tell why
+            if dist.is_initialized() and is_first_to_fail():
+                tqdm.write("error: a rank died without a word (killed, or out of memory?)",
+                           file=sys.stderr)
+        except RuntimeError:  # the rank that held the store is gone
+            time.sleep(3)
+        if dist.is_initialized():
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def parse_value(key, text, default, may_be_json=False):
@@ -145,7 +198,10 @@ class Ranks(NamedTuple):
             return flag
         self.store.set(f"{name}/{self.rank}", str(int(flag)))
         keys = [f"{name}/{rank}" for rank in range(self.world)]
-        self.store.wait(keys, timedelta(days=7))
+        pause = 1e-3
+        while not self.store.check(keys):  # unlike in wait, signals are heard
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
         return any(self.store.get(key) == b"1" for key in keys)
 
 
@@ -169,6 +225,8 @@ def setup():
             store, rank = dist.HashStore(), 0
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, device_id=device if cuda else None)
+        if world > 1:
+            watch_peers(store, rank, world)
     store = dist.distributed_c10d._get_default_store()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
 

@@ -156,6 +156,12 @@ def join_group(rank, world, port, work):
     return pickle.dumps(reply)  # a tensor's value, not a handle of shared memory
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run_on_ranks(world, function, *arguments):
     """[function(ranks, *arguments) of each rank], in processes of their own; function is a
     module-level one of this file. A rank that fails or hangs fails the test with its traceback."""
@@ -163,9 +169,7 @@ def run_on_ranks(world, function, *arguments):
         return [function(ALONE, *arguments)]
     context, work = multiprocessing.get_context("forkserver"), pickle.dumps((function, arguments))
     context.set_forkserver_preload([__name__])  # torch is imported once for all
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(world, context) as pool:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo ranks, whatever this machine has
         jobs = [pool.submit(join_group, rank, world, port, work) for rank in range(world)]
@@ -1091,6 +1095,49 @@ def test_a_run_goes_on_on_another_number_of_ranks(policy, tmp_path):
         assert_close(cut[name], whole[name], atol=1e-4, rtol=1e-3)
     losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "cut")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
+
+
+def crash_a_rank(rank, port, tmp_path, policy, end):
+    """Rank 1 of two fails in its third step, while rank 0 waits for it."""
+    os.dup2(os.open(tmp_path / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    honest = pretrain.next_token_loss
+
+    def spoiled(model, data, numbers, ranks, *rest):
+        if numbers[0] == 8:
+            if rank == 1 and end == "raises":
+                raise KeyError("the bug")
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if end == "killed":
+                ranks.any("never met", False)
+        return honest(model, data, numbers, ranks, *rest)
+
+    pretrain.next_token_loss, torch.cuda.is_available = spoiled, lambda: False
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "steps=6")
+
+
+@pytest.mark.parametrize("end", ["raises", "killed"])
+def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_path):
+    """Ranks that wait for the dead one for ever, that save because torchrun then signals them, or
+    that each tell of the connection it left."""
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'before'}", "steps=1")  # makes the tokens
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    processes = [context.Process(target=crash_a_rank, daemon=True,
+                                 args=(rank, port, tmp_path, policy, end))
+                 for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    processes[1].join(60)
+    processes[0].terminate()  # as torchrun does
+    processes[0].join(20)
+    assert processes[0].exitcode not in (None, 0) and processes[1].exitcode not in (None, 0)
+    errors = "".join((tmp_path / f"errors{rank}").read_text() for rank in (0, 1))
+    told = {"raises": "KeyError: 'the bug'", "killed": "error: a rank died without a word"}
+    assert errors.count(told[end]) == 1
+    assert errors.count("Traceback") == (end == "raises") and "c10d" not in errors
+    assert not (tmp_path / "run" / "latest").exists() and len(read_log(tmp_path / "run")) == 2
 
 
 def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, tmp_path,
