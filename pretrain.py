@@ -428,12 +428,45 @@ def find_files(names):
     """The files of a name or glob, or of several, in order."""
     files = []
     for name in [names] if isinstance(names, str) else names:
-        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        if Path(name).is_dir():
+            raise InputError(f"{name}: expected a file, or a glob like {Path(name) / '*.jsonl'}; "
+                             "found a folder")
+        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
         found = [Path(path) for path in found if Path(path).is_file()]
         if not found:
             raise InputError(f"{name}: no such file")
         files += found
     return files
+
+
+def content_key(paths, tokenizer):
+    """Names what the files hold, as this tokenizer reads it."""
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+    settings = [tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]
+    digest.update(repr(settings).encode())
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def cache_tokens(paths, tokenizer, cache, ranks):
+    """The name of the files' folder in the cache, made if need be; rank 0 reads them, however
+    long it takes, and the others wait."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{tokenizer.name_or_path}: expected a tokenizer with an eos_token")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    keys = []
+    if ranks.rank == 0:
+        try:
+            keys = [content_key(paths, tokenizer)]
+            if not (folder := Path(cache) / keys[0]).exists():
+                write_tokens(paths, tokenizer, folder)
+        except OSError as error:
+            raise InputError(f"cache={cache}: {error}") from None
+    ranks.any(f"tokens/{ranks.store.add(f'tokens/{ranks.rank}', 1)}", False)
+    return ranks.gather(keys)[0]
 
 
 class Documents:
@@ -443,26 +476,8 @@ class Documents:
     Every token but a document's first is a target once an epoch; a prompt's tokens never are."""
 
     def __init__(self, paths, tokenizer, seq_len, seed, cache, ranks):
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{tokenizer.name_or_path}: expected a tokenizer with an eos_token")
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-        settings = [tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]
-        digest.update(repr(settings).encode())
-        for path in paths:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        self.key, self.paths = digest.hexdigest()[:16], paths
-        folder, problem = Path(cache) / self.key, None
-        if ranks.rank == 0 and not folder.exists():
-            try:
-                write_tokens(paths, tokenizer, folder)
-            except (InputError, OSError) as error:
-                problem = InputError(f"cache={cache}: {error}" if isinstance(error, OSError)
-                                     else str(error))
-        if ranks.any(f"tokens/{self.key}", problem is not None):
-            raise problem or InputError(f"{paths[0]}: rank 0 could not tokenise it")
+        self.key = cache_tokens(paths, tokenizer, cache, ranks)
+        folder = Path(cache) / self.key
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
         size = (folder / "tokens.bin").stat().st_size
         if size != 4 * self.ends[-1]:
@@ -517,6 +532,7 @@ def load_data(data, *options):
         raise InputError(f"data={data}: expected files or globs")
     if not isinstance(data, dict):
         return Mixture([Documents(find_files(data), *options)], [1])
+    data = dict(sorted(data.items()))  # the same rows, in whatever order they are named
     for name, weight in data.items():
         if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
             raise InputError(f"data: {name}: expected a weight above 0, found {weight!r}")
@@ -577,11 +593,8 @@ def main(argv):
     model = load_for_training(config["model"], ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
-    run, batch = Run(config, ranks), config["batch_rows"]
-    keys = [part.key for part in data.parts]
-    if run.state.setdefault("data", keys) != keys:
-        raise InputError(f"{config['out']}: the rows of data={config['data']} have changed since "
-                         "the run began; choose another out")
+    content = [part.key for part in data.parts + [val_data] * bool(val_data)]
+    run, batch = Run(config | {"data_content": content}, ranks), config["batch_rows"]
 
     def accumulate(step):
         numbers = range((step - 1) * batch, step * batch)

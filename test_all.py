@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -923,10 +924,11 @@ def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
 
 def test_rows_of_a_mixture_come_by_weight(policy, tmp_path):
     """A rare source that rounds to nothing, shares that drift, or a place that a resume loses."""
-    for name, count in (("a1", 3), ("a2", 4), ("b", 2)):
+    for name, count in (("a1", 3), ("a2", 4), ("b[1]", 2)):  # a name that looks like a glob
         write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} " * 40}] * count)
-    data = {f"{tmp_path}/a*.jsonl": 0.99, f"{tmp_path}/b.jsonl": 0.01}
-    mixture = pretrain.load_data(data, load_tokenizer(policy), 32, 0, tmp_path / "tokens", ALONE)
+    data = {f"{tmp_path}/a*.jsonl": 0.99, f"{tmp_path}/b[1].jsonl": 0.01}
+    options = load_tokenizer(policy), 32, 0, tmp_path / "tokens", ALONE
+    mixture = pretrain.load_data(data, *options)
     assert len(mixture.parts[0].ends) == 7
     rows, rare = [], []
     for number in range(1000):
@@ -935,6 +937,8 @@ def test_rows_of_a_mixture_come_by_weight(policy, tmp_path):
     assert mixture.counts.tolist() == [990, 10] and 40 < rare.index(1) < 60
     for number in (700, 30, 999):  # forwards and back, as a resume reads
         assert mixture.row(number)[0].tolist() == rows[number]
+    turned = pretrain.load_data(dict(reversed(data.items())), *options)
+    assert [turned.row(number)[0].tolist() for number in range(60)] == rows[:60]
 
 
 def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch):
@@ -960,7 +964,7 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
-    good[7] = json.dumps({"text": "long " * 400_000}).encode()  # 2 MB
+    good[7] = json.dumps({"text": "long " * 200_000, "note": "x" * 9_000_000}).encode()
     good[8] = b'{"text": ""}'  # a document of one token, the end
     bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
@@ -969,7 +973,7 @@ def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     assert len(documents.ends) == 400 and np.diff(documents.ends)[7] == 1
     out = capsys.readouterr().out
     assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53, 54))
-    for lines, words in [(good[:9] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
+    for lines, words in [(good[8:17] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
                          ([b""], "expected rows, found none"), (None, "no such file")]:
         path.unlink() if lines is None else path.write_bytes(b"\n".join(lines))
         with pytest.raises(InputError, match=f"{path}.*{words}|{path}{words}"):
@@ -1084,6 +1088,19 @@ def train_on_ranks(ranks, tmp_path, policy, arguments):
     train_tokens(tmp_path, policy, *arguments)
 
 
+def test_a_run_refuses_rows_that_have_changed(policy, tmp_path, capsys):
+    """Half a run on yesterday's file; or a config.json that no longer tells what was run."""
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "steps=1")
+    config = (tmp_path / "run" / "config.json").read_text()
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "other rows " * 20}])
+    with pytest.raises(SystemExit):
+        pretrain.main([f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}",
+                       "seq_len=32", "batch_rows=4", "schedule=constant",
+                       f"out={tmp_path / 'run'}", "steps=2"])
+    assert "config.json: data_content was" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_text() == config
+
+
 def test_a_run_goes_on_on_another_number_of_ranks(policy, tmp_path):
     """State that only the ranks which wrote it can read, or rows repeated or skipped."""
     train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
@@ -1162,25 +1179,43 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, t
     assert same(weights_of(tmp_path / "run"), five)
 
 
-@pytest.mark.parametrize("fault", ["full before", "full within"])
-def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a real disk of 4 MB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full before", "full at the state", "full in truth"])
+def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monkeypatch, capsys,
+                                                  request):
     """A half-written checkpoint as `latest`, or the last good one pruned for it."""
-    arguments = [f"out={tmp_path / 'run'}", "save_every=2"]
+    disk = request.getfixturevalue("small_disk") if fault == "full in truth" else tmp_path
+    arguments, filler = [f"out={disk / 'run'}", "save_every=2"], disk / "filler"
     train_tokens(tmp_path, policy, *arguments, "steps=2")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        if fault == "full before":
-            usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - 1000, 1000)
-            patch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
-        else:
+        free = 1000 if fault == "full before" else 10 ** 9  # others may write after we ask
+        usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - free, free)
+        patch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
+        if fault == "full at the state":
             patch.setattr(pretrain.dcp, "save", lambda *_, **__: os.write(
                 os.open("/dev/full", os.O_WRONLY), b"x"))
+        if fault == "full in truth":
+            honest = os.statvfs(disk)
+            filler.write_bytes(b"x" * (honest.f_bavail * honest.f_frsize - 400_000))
         train_tokens(tmp_path, policy, *arguments, "steps=4")
+    filler.unlink(missing_ok=True)
     assert end.value.code == 2
     line, = capsys.readouterr().err.strip().split("error: ")[1:]
     assert "checkpoint-000004" in line and "is intact" in line
-    assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000002"
+    assert os.readlink(disk / "run" / "latest") == "checkpoint-000002"
     train_tokens(tmp_path, policy, *arguments, "steps=4")
-    assert os.readlink(tmp_path / "run" / "latest") == "checkpoint-000004"
+    assert os.readlink(disk / "run" / "latest") == "checkpoint-000004"
 
 
 class Killed(BaseException):
@@ -1423,6 +1458,7 @@ def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     (grpo, "reward_model=toy/prompts.jsonl", "toy/prompts.jsonl"),
     (grpo, "out=/dev/null/run", "out=/dev/null/run"), (grpo, "max_tokens=600", "context"),
     (pretrain, 'data={"a": b', "a JSON dict or list"), (pretrain, "data=[]", "files or globs"),
+    (pretrain, "data=toy", "a glob like toy/*.jsonl"),
     (pretrain, 'data={"toy/text.jsonl.gz": 0}', "a weight above 0"),
     (pretrain, "init=zeros", "init=zeros: expected one of 'folder', 'random'"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
