@@ -220,8 +220,11 @@ class Run:
                 state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
                 dcp.save(state, checkpoint_id=aside / "state", no_dist=self.ranks.world == 1)
             except (OSError, SafetensorError, CheckpointException) as error:
-                raise InputError(f"{aside}: cannot be written: {error}; the checkpoint before is "
-                                 "intact") from None
+                causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+                free = shutil.disk_usage(self.folder).free  # torch's words may not say it
+                raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
+                                 f"{[*causes, error][0]}; the checkpoint before is intact"
+                                 ) from None
         if self.is_main:
             if aside.exists():
                 self.state["step"] = step
