@@ -348,7 +348,7 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks = config, ranks
         self.tokenizer = load_tokenizer(config["model"])
-        self.model = load_for_training(config["model"], ranks)
+        self.model = load_for_training(config, ranks)
         self.model.num_tokens = min(self.model.num_tokens, len(self.tokenizer))
         self.sampler = self.model  # one copy of the weights serves both on one CPU process
         if ranks.world > 1 or ranks.device.type == "cuda":

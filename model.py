@@ -36,9 +36,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
+                                    create_selective_checkpoint_contexts)
 from tqdm import tqdm
 
 try:
@@ -322,6 +324,7 @@ def rotate(x, cos, sin):
 class Span(NamedTuple):
     """Where this call's tokens sit: made once by forward, read by every block's attention."""
     cu_seqlens: torch.Tensor  # (S+1,) int32
+    sizes: list               # of the sequences, or None where a kernel reads cu_seqlens
     max_len: int              # longest sequence in this call
     lengths: torch.Tensor     # (S,) int32 keys of each cached sequence, or None: no cache read
     mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf for SDPA over a cache, or None
@@ -338,8 +341,7 @@ def attention(q, k, v, span):
                                           span.max_len, span.max_len, causal=True)
         if q.is_cuda and q.dtype != torch.float32:
             return torch_varlen(q, k, v, span)
-        sizes = span.cu_seqlens.diff().tolist()
-        parts = [x.transpose(0, 1).split(sizes, dim=1) for x in (q, k, v)]  # each (heads, T, D)
+        parts = [x.transpose(0, 1).split(span.sizes, dim=1) for x in (q, k, v)]  # (heads, T, D)
         return torch.cat([
             F.scaled_dot_product_attention(*(x[None] for x in qkv), is_causal=True,
                                            enable_gqa=True)[0]
@@ -414,16 +416,35 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def keep_attention(context, op, *args, **kwargs):
+    """A policy of selective checkpointing: attention's outputs are kept, all else is made anew."""
+    is_attention = "attention" in op.name() or "attn" in op.name()
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
-    def __init__(self, config):
+    """A layer; recompute says what its backward pass makes anew instead of keeping: "none",
+    "all", or all but attention's outputs ("all_but_attention")."""
+
+    def __init__(self, config, recompute):
         super().__init__()
+        self.recompute = recompute
         C, eps = config["hidden_size"], config["rms_norm_eps"]
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(C, eps)
         self.post_attention_layernorm = RMSNorm(C, eps)
 
-    def forward(self, x, cos, sin, span, layer, cache):
+    def forward(self, *inputs):
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(*inputs)
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        if self.recompute == "all_but_attention":
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts,
+                                                      keep_attention)
+        return checkpoint(self.compute, *inputs, **options)
+
+    def compute(self, x, cos, sin, span, layer, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, span, layer, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -499,22 +520,21 @@ def row_products(a, b):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, recompute):
         super().__init__()
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(Block(config, recompute)
+                                    for _ in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
 
 class Qwen2(nn.Module):
-    """Qwen2 with a language head, or a score head where the config's architecture says so.
+    """Qwen2 with a language head, or a score head where the config's architecture says so."""
 
-    recompute=True recomputes each block in the backward pass instead of keeping activations."""
-
-    def __init__(self, config, recompute=False):
+    def __init__(self, config, recompute="none"):
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self.model = Backbone(config)
+        self.config = config
+        self.model = Backbone(config, recompute)
         self.num_tokens = config["vocab_size"]  # rows from here on have no probability at all
         if is_scorer(config):
             self.score = nn.Linear(config["hidden_size"], 1, bias=False)
@@ -538,17 +558,15 @@ class Qwen2(nn.Module):
         lengths = mask = None
         if cache is not None:
             positions, lengths, mask = cache.begin(sequence, positions)
-        span = Span(cu_seqlens, 1 if N == S else int(sizes.max()), lengths, mask)
         angles = positions[:, None, None].float() * self.frequencies
         x = self.model.embed_tokens(tokens)  # (N, C)
+        needs_sizes = lengths is None and not (x.is_cuda and x.dtype != torch.float32)
+        span = Span(cu_seqlens, sizes.tolist() if needs_sizes else None,
+                    1 if N == S else int(sizes.max()), lengths, mask)
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer, block in enumerate(self.model.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, span, layer, cache, use_reentrant=False,
-                               preserve_rng_state=False)
-            else:
-                x = block(x, cos, sin, span, layer, cache)
+            x = block(x, cos, sin, span, layer, cache)
         if targets is None:
             x = x[cu_seqlens[1:].long() - 1]  # (S, C) the last token of each sequence
         x = self.model.norm(x)
@@ -570,16 +588,18 @@ def is_scorer(config):
 
 # ---------------------------------------------------------------- sharding
 
-def shard(model, ranks):
+def shard(model, ranks, offload=False):
     """FSDP2: one group per block, the rest (with a tied head) in the root's. In place.
 
-    On CUDA parameters are fp32 masters, compute is bf16 and gradients are reduced in fp32."""
-    mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
+    On CUDA parameters are fp32 masters, compute is bf16 and gradients are reduced in fp32;
+    offload keeps all that is sharded in the CPU's memory."""
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = MixedPrecisionPolicy(**half if ranks.device.type == "cuda" else {})
+    options = dict(mesh=dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,)),
+                   mp_policy=MixedPrecisionPolicy(**half if ranks.device.type == "cuda" else {}),
+                   offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def full_parameters(model):
@@ -717,18 +737,22 @@ def init_weights(model, seed):
             fill(parameter, torch.full(parameter.shape, float("norm" in name)))
 
 
-def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recompute=False,
-               new=(), seed=None):
+def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recompute="none",
+               compile=False, offload=False, new=(), seed=None):
     """A model from a folder; with ranks it is sharded over them, built without ever being whole.
 
     config replaces the folder's (a score head on a language model, say) and new names the
-    parameters that the folder does not have; with a seed all weights are random."""
+    parameters that the folder does not have; with a seed all weights are random. compile: each
+    block by torch.compile, once for all; recompute: as Block says; offload: as shard says."""
     folder, found = load_config(name, with_weights=seed is None)
     with torch.device("meta"):
         model = Qwen2(config or found, recompute).to(dtype)
     if ranks is not None:
-        shard(model, ranks)
-    model.to_empty(device=device)
+        shard(model, ranks, offload)
+    if compile:
+        for block in model.model.layers:
+            block.forward = torch.compile(block.forward)
+    model.to_empty(device="cpu" if offload else device)
     model.frequencies = rope_frequencies(model.config)[0].to(device)
     if seed is None:
         load_weights(model, folder, new)
@@ -738,11 +762,15 @@ def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recom
     return model
 
 
-def load_for_training(name, ranks, **options):
-    """fp32, sharded unless this is the only process and on the CPU."""
+def load_for_training(keys, ranks, **options):
+    """The model of a training script's config, fp32, sharded unless this is the only process and
+    on the CPU."""
     is_cuda = ranks.device.type == "cuda"
-    return load_model(name, ranks.device, ranks=ranks if is_cuda or ranks.world > 1 else None,
-                      recompute=is_cuda, **options)
+    return load_model(keys["model"], ranks.device,
+                      ranks=ranks if is_cuda or ranks.world > 1 else None,
+                      recompute=keys["recompute"] or ("all_but_attention" if is_cuda else "none"),
+                      compile=is_cuda and keys["compile"], offload=is_cuda and keys["offload"],
+                      **options)
 
 
 def load_for_sampling(name, ranks):

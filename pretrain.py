@@ -59,6 +59,10 @@ TRAINING = dict(  # keys that every training script has
     keep=2,             # newest checkpoints to keep; the best one stays besides
     save_dtype="",      # of the exported weights: float32 on CPU, bfloat16 on CUDA unless set
     max_hours=0.0,      # save and stop after this long; 0 is no limit
+    recompute="",       # in the backward pass: none, all or all_but_attention of a block's
+                        # activations; all_but_attention on CUDA, none on the CPU unless set
+    compile=True,       # blocks by torch.compile, on CUDA
+    offload=False,      # weights, gradient and moments in the CPU's memory, on CUDA
     max_bad_steps=3,    # stop after so many in a row whose gradient is not finite
     wandb=False,        # log to Weights & Biases as well (pip install wandb)
     plan=False,         # print parameters and bytes, and stop
@@ -82,6 +86,7 @@ MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", 
 TRAINING_LIMITS = dict(seed=0, steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
                        max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
+                       recompute=["", "none", "all", "all_but_attention"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
 H100_FLOPS, PLAN_MFU = 989e12, 0.4  # bf16, dense; the share that a plan counts on
 TOKENS_FORMAT = 1  # of the cache: another number, and all is tokenised anew
@@ -593,7 +598,7 @@ def main(argv):
     options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
     data = load_data(config["data"], *options)
     val_data = Documents(find_files(config["val_data"]), *options) if config["val_data"] else None
-    model = load_for_training(config["model"], ranks,
+    model = load_for_training(config, ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
     content = [part.key for part in data.parts + [val_data] * bool(val_data)]

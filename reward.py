@@ -201,7 +201,7 @@ def train_reward_model(config):
     model_config |= {"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1,
                      "id2label": {"0": "score"}, "label2id": {"score": 0},
                      "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>")}
-    model = load_for_training(config["model"], ranks, config=model_config,
+    model = load_for_training(config, ranks, config=model_config,
                               new={"score.weight"})
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
     if ranks.rank == 0:

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -33,7 +34,9 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
 import model as network
@@ -271,7 +274,7 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
 
     q, k, v = draw(45, 4, 16), draw(45, kv_heads, 16), draw(45, kv_heads, 16)  # a ragged pack
     cu_seqlens = torch.tensor([0, 5, 6, 45], dtype=torch.int32, device=device)
-    found = network.attention(q, k, v, Span(cu_seqlens, 39, None, None))
+    found = network.attention(q, k, v, Span(cu_seqlens, [5, 1, 39], 39, None, None))
     is_seen = torch.block_diag(*(torch.ones(n, n).tril() for n in (5, 1, 39))) > 0
     expected = naive_attention(q, *(x.expand(45, *x.shape) for x in (k, v)), is_seen.to(device))
     assert_close(found.double(), expected, atol=tolerance, rtol=0)
@@ -280,8 +283,63 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     lengths = torch.tensor([1, 20, 7], dtype=torch.int32, device=device)
     is_seen = torch.arange(20, device=device) < lengths[:, None]
     mask = torch.zeros(3, 20, dtype=dtype, device=device).masked_fill(~is_seen, -torch.inf)
-    found = network.attention(q, k, v, Span(cu_seqlens, 1, lengths, mask[:, None, None]))
+    found = network.attention(q, k, v, Span(cu_seqlens, None, 1, lengths, mask[:, None, None]))
     assert_close(found.double(), naive_attention(q, k, v, is_seen), atol=tolerance, rtol=0)
+
+
+# ---------------------------------------------------------------- model: what backward makes anew
+
+class CountCalls(TorchDispatchMode):
+    """How often operators whose names hold a word really ran, beneath what checkpointing keeps."""
+
+    def __init__(self, *words):
+        super().__init__()
+        self.counts = dict.fromkeys(words, 0)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        for word in self.counts:
+            self.counts[word] += word in op.name() and "backward" not in op.name()
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("recompute, attention, mlp", [
+    ("none", 1, 1), ("all", 2, 2), ("all_but_attention", 1, 2)])
+def test_recomputing_changes_no_gradient(recompute, attention, mlp, tmp_path):
+    """Attention at 32k tokens run twice though it was kept; or kept with all the rest."""
+    make_model(tmp_path)
+    gradients, counts = [], []
+    for kind in ("none", recompute):
+        ours, mode = load_model(tmp_path, "cpu", recompute=kind), CountCalls("attention", "silu")
+        with mode:
+            loss = score(ours, random_sequences([5, 1, 30])).sum()
+            counts.append({word: count for word, count in mode.counts.items()})
+            loss.backward()
+        gradients.append({name: p.grad for name, p in ours.named_parameters()})
+    assert same(*gradients)
+    plain, again = counts[0], mode.counts  # the forward pass alone, and both
+    assert plain == {"attention": 6, "silu": 2}  # of 2 layers and 3 sequences
+    assert again == {"attention": 6 * attention, "silu": 2 * mlp}
+
+
+@pytest.mark.parametrize("recompute", ["none", "all_but_attention"])
+def test_blocks_compile_once_for_all(recompute, tmp_path, monkeypatch):
+    """An hour of compiling for 64 blocks, or for each pack of other lengths; names of parameters
+    that no checkpoint has."""
+    make_model(tmp_path, num_hidden_layers=4)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")  # the graphs of torch.compile, not its code
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    plain = load_model(tmp_path, "cpu")
+    ours = load_model(tmp_path, "cpu", recompute=recompute, compile=True)
+    assert [*dict(ours.named_parameters())] == [*dict(plain.named_parameters())]
+    for lengths in ([5, 1, 30], [9, 4, 50], [2, 3, 60]):
+        for model in (plain, ours):
+            model.zero_grad()
+            score(model, random_sequences(lengths)).sum().backward()
+        for name, parameter in plain.named_parameters():
+            assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-5,
+                         rtol=1e-4)
+    assert backend.frame_count == 2  # the first shapes, then any
 
 
 # ---------------------------------------------------------------- model: folders and the config
@@ -407,7 +465,7 @@ def test_arguments_get_the_types_of_the_defaults():
 
 def use_shards(ranks, folder, out, sequences):
     """All that a sharded model does, as one rank of several; sequences are dealt to the ranks."""
-    ours = load_model(folder, ranks.device, ranks=ranks, recompute=True)
+    ours = load_model(folder, ranks.device, ranks=ranks, recompute="all_but_attention")
     plain = load_model(folder, ranks.device, seed=1)
     copy_weights(ours, plain)
     save_folder(ours, out, torch.float32, max_bytes=20_000)

@@ -202,7 +202,7 @@ def make_pack(s, lengths):
     cu_seqlens = torch.tensor([0, *lengths], device=s.ranks.device).cumsum(0).int()
     heads = [s.config["num_attention_heads"]] + [s.config["num_key_value_heads"]] * 2
     qkv = [s.draw(sum(lengths), n, head_size(s.config)).requires_grad_() for n in heads]
-    return qkv, Span(cu_seqlens, max(lengths), None, None)
+    return qkv, Span(cu_seqlens, list(lengths), max(lengths), None, None)
 
 
 def make_decode(s, lengths):
@@ -213,7 +213,8 @@ def make_decode(s, lengths):
     mask = mask.masked_fill_(~is_past, -torch.inf)[:, None, None]  # (S, 1, 1, keys)
     k, v = (s.draw(S, keys, s.config["num_key_value_heads"], head_size(s.config)) for _ in "kv")
     q = s.draw(S, s.config["num_attention_heads"], head_size(s.config))
-    return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), 1, lengths, mask)
+    return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), None, 1,
+                           lengths, mask)
 
 
 def widen(tensors, dtype):
