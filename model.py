@@ -39,6 +39,7 @@ from torch import nn
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
                                     OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 from tqdm import tqdm
@@ -358,15 +359,16 @@ def attention(q, k, v, span):
     return (scores.add_(span.mask).softmax(-1) @ v).flatten(1, 2)  # (S, K, H/K, keys) @ v
 
 
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 def torch_varlen(q, k, v, span):
     """FlashAttention inside torch; 2.11 has no grouped queries there, so keys are repeated."""
-    from torch.nn.attention.varlen import varlen_attn
-    grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
-        repeats, grouped = q.shape[1] // k.shape[1], {}
+    if not GROUPED:
+        repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return varlen_attn(q, k, v, span.cu_seqlens, span.cu_seqlens, span.max_len, span.max_len,
-                       window_size=(-1, 0), **grouped)  # no look ahead: causal
+                       window_size=(-1, 0), **GROUPED)  # no look ahead: causal
 
 
 class RMSNorm(nn.Module):
@@ -832,21 +834,28 @@ def flops_per_token(config, length):
                 + config["num_hidden_layers"] * config["hidden_size"] * length)
 
 
-def training_plan(config, gpus, pack_tokens):
-    """{kind: bytes on each GPU} of training in packs of so many tokens, blocks recomputed."""
+def training_plan(config, gpus, pack_tokens, recompute="all_but_attention", width=2):
+    """{kind: bytes on each GPU} of training in packs of so many tokens, as if all were there at
+    one time; recompute: as Block says; width: bytes of a computed value."""
     C, layers = config["hidden_size"], config["num_hidden_layers"]
     count, head = count_parameters(config), config["vocab_size"] * C
     tables = head if config.get("tie_word_embeddings") else 2 * head
     block = (count - tables) // layers
-    qkv = (config["num_attention_heads"] + 2 * config["num_key_value_heads"]) * head_size(config)
-    inside = 5 * C + 2 * qkv + 4 * config["intermediate_size"]  # what a block's backward reads
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    qkv, attended = (n * head_size(config) for n in (heads + 2 * kv_heads, heads))
+    ffn = config["intermediate_size"]
+    inside = 5 * C + 2 * qkv + 4 * ffn  # what a block's backward reads
+    kept = dict.fromkeys(["saved block inputs"], width * C * layers * pack_tokens)
+    if recompute == "all_but_attention":
+        kept["saved attention outputs"] = (width * attended + 4 * heads) * layers * pack_tokens
+    kept["one recomputed block"] = width * inside * pack_tokens
+    if recompute == "none":
+        kept = {"saved activations": width * inside * layers * pack_tokens}
     return {"fp32 weights, two moments, gradient": 16 * count // gpus,
-            "two gathered blocks, one's gradient": (2 * 2 + 4) * block,
-            "gathered embedding and head, gradient": 2 * tables + 4 * head,
-            "saved block inputs": 2 * C * layers * pack_tokens,
-            "one recomputed block": 2 * inside * pack_tokens,
-            "logits of a chunk":
-                3 * 4 * min(HEAD_LOGITS, config["vocab_size"] * pack_tokens)}
+            "two gathered blocks, one's gradient": (2 * width + 4) * block,
+            "gathered embedding and head, gradient": width * tables + 4 * head,
+            **kept, "a block's gradients on the way": width * 4 * ffn * pack_tokens,
+            "logits of a chunk": 3 * 4 * min(HEAD_LOGITS, config["vocab_size"] * pack_tokens)}
 
 
 def sampling_plan(config, sample_tp, max_tokens):

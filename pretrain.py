@@ -300,10 +300,13 @@ def print_plan(config, tokens, pack_tokens, length, **more):
     gpus, (_, found) = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])
     if os.environ.get("RANK", "0") != "0":
         return
-    kinds = training_plan(found, gpus, pack_tokens) | more
+    kinds = training_plan(found, gpus, pack_tokens, config["recompute"] or "all_but_attention")
+    states = next(iter(kinds))
+    moved = {f"{states}: on the CPU": kinds.pop(states)} if config["offload"] else {}
+    kinds |= more
     flops = tokens * flops_per_token(found, length)
     print(f"{config['model']} on {gpus} GPUs; bytes on each")
-    print_table(kinds | {"together": sum(kinds.values())})
+    print_table(kinds | {"together": sum(kinds.values())} | moved)
     print("each step")
     print_table({"parameters": count_parameters(found), "tokens": tokens,
                  "FLOPs": f"{flops:.3g}", f"seconds at {PLAN_MFU:.0%} of an H100's 989 TFLOP/s":

@@ -35,6 +35,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,6 +320,30 @@ def test_recomputing_changes_no_gradient(recompute, attention, mlp, tmp_path):
     plain, again = counts[0], mode.counts  # the forward pass alone, and both
     assert plain == {"attention": 6, "silu": 2}  # of 2 layers and 3 sequences
     assert again == {"attention": 6 * attention, "silu": 2 * mlp}
+
+
+@pytest.mark.parametrize("recompute", ["none", "all", "all_but_attention"])
+@pytest.mark.parametrize("length", [200, 2000])  # weights count most, activations count most
+def test_the_plan_is_the_peak(length, recompute, tmp_path, monkeypatch):
+    """A plan that fits where the run does not, or that asks for twice the GPUs."""
+    make_model(tmp_path, hidden_size=128, intermediate_size=352, num_hidden_layers=6)
+    monkeypatch.setattr(network, "HEAD_LOGITS", 2 ** 14)  # so that chunks are as small as at size
+    ours = load_model(tmp_path, "cpu", recompute=recompute)
+    optimizer = pretrain.make_optimizer(ours, 0.1, 0.95)
+
+    def step():
+        score(ours, random_sequences([length])).mean().backward()
+        pretrain.apply_gradient(ours, optimizer, 1e-5, 1.0)
+
+    step()  # makes the moments
+    tracker = MemTracker()  # counts bytes of tensors
+    tracker.track_external(ours, optimizer)
+    with tracker:
+        step()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    plan = network.training_plan(ours.config, 1, length, recompute, width=4)
+    planned = sum(count for kind, count in plan.items() if "gathered" not in kind)  # alone, fp32
+    assert 0.8 < peak / planned < 1
 
 
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention"])

@@ -11,14 +11,17 @@ C hidden size, V vocabulary.
 
 1. Errors are absolute, max / mean, against naive attention in the wider type. The naive row is
    the same arithmetic in the narrow type: no backend should be much above it.
-2. MFU is causal: 6 x parameters (without the input embedding, with the head) + 6 x layers x C x T
-   a token, no credit for recomputation, over an H100's 989 TFLOP/s.
+2. A training step is one sequence. MFU is causal: 6 x parameters (without the input embedding,
+   with the head) + 6 x layers x C x T a token, no credit for recomputation, over an H100's 989
+   TFLOP/s. "products" is the time that its matrix products and attention, recomputed ones with
+   them, take alone, over the step's. Where a model is too large, as many blocks as the plan fits.
 3. The bound of a decode step is the weights and the filled part of the cache, read once, at the
    bandwidth of a copy (bytes read and written) measured in the same run.
 4. The chunked head computes entropies besides; the full logits are spared that.
 """
 import contextlib
 import gc
+import math
 import shutil
 import sys
 import time
@@ -37,23 +40,26 @@ from torch.distributed.tensor import DTensor
 import model
 from model import (ChunkedLogProbs, InputError, Qwen2, Ranks, Span, count_multiplied,
                    count_parameters, find_commit, flops_per_token, head_size, parse_config,
-                   rope_frequencies, script, setup, shard)
+                   rope_frequencies, script, setup, shard, training_plan)
 from pretrain import apply_gradient, make_optimizer
 from sample import LOOK_EVERY, generate, sample_tokens
 
 CONFIG = dict(
-    size="0.5B",                            # tiny, 0.5B, 1.5B, 3B or 7B
+    size="0.5B",                            # tiny, small, 0.5B, 1.5B, 3B or 7B
     parts="attention,decode,head,train",    # any of them
 )
 SIZES = {  # hidden, layers, query heads, kv heads, ffn, vocabulary, tied (Qwen2.5's config.json)
     "tiny": (64, 2, 4, 2, 128, 512, True),
+    "small": (512, 8, 8, 2, 2048, 32_768, True),  # for a CPU
     "0.5B": (896, 24, 14, 2, 4864, 151_936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151_936, True),
     "3B": (2048, 36, 16, 2, 11_008, 151_936, True),
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
 }
-WORK = dict(tokens=16_384, seq_len=4096, prompt=512, new_tokens=256, keys=4096)
-TINY_WORK = dict(tokens=2048, seq_len=512, prompt=16, new_tokens=32, keys=256)
+WORK = dict(tokens=16_384, seq_len=4096, prompt=512, new_tokens=256, keys=4096,
+            trained=(16_384, 32_768))
+TINY_WORK = dict(tokens=2048, seq_len=512, prompt=16, new_tokens=32, keys=256,
+                 trained=(1024, 2048))
 ROWS = (16, 32, 64, 128)          # that decode together
 RAGGED = (1, 7, 130, 257, 1000)   # lengths at which attention is compared
 CHECK_TOKENS = 1500               # at which heads are compared: more than a chunk
@@ -95,9 +101,13 @@ def time_calls(run, repeats=10):
     return (time.perf_counter() - start) / repeats
 
 
-def gigabytes(counter):
-    """One of torch.cuda's memory counters, as text; the CPU has none."""
-    return f"{counter() / 1e9:.2f}" if torch.cuda.is_available() else "-"
+def peak_bytes():
+    """The most that tensors held since the row began; the CPU has no counter."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else math.nan
+
+
+def gigabytes(count):
+    return "-" if math.isnan(count) else f"{count / 1e9:.2f}"
 
 
 def copy_bandwidth(device):
@@ -120,7 +130,7 @@ def print_table(title, columns, rows):
             cells = measure()
         except torch.OutOfMemoryError:
             cells = ["out of memory"] + [""] * (len(columns) - 2)
-        print("| " + " | ".join([str(label), *cells]) + " |", flush=True)
+        print("| " + " | ".join(map(str, [label, *cells])) + " |", flush=True)
 
 
 def installed(package):
@@ -150,12 +160,14 @@ def make_config(hidden, layers, heads, kv_heads, ffn, vocab, tied):
 
 
 @torch.no_grad()
-def make_model(config, device, dtype, ranks=None, recompute=False):
+def make_model(config, device, dtype, ranks=None, recompute="none", is_compiled=False):
     """As load_model, with random weights made on the device; sharded if ranks are given."""
     with torch.device("meta"):
         network = Qwen2(config, recompute).to(dtype)
     if ranks is not None:
         shard(network, ranks)
+    for block in network.model.layers if is_compiled else ():
+        block.forward = torch.compile(block.forward)
     network.to_empty(device=device)
     network.frequencies = rope_frequencies(config)[0].to(device)
     for name, parameter in network.named_parameters():
@@ -295,7 +307,7 @@ def rollout_row(s, rows):
         looks[:] = [time.perf_counter()]
         list(generate(network, prompts, [(place, 0) for place in range(rows)], never, max_tokens,
                       slots=rows, on_look=on_look))
-    peak = gigabytes(torch.cuda.max_memory_allocated)
+    peak = gigabytes(peak_bytes())
     step = (looks[-2] - looks[1]) / (LOOK_EVERY * (len(looks) - 3))
     prefill = looks[1] - looks[0] - LOOK_EVERY * step
     logits, keys = s.draw(rows, V), s.draw_tokens(rows, 2).int()
@@ -339,7 +351,7 @@ def head_row(s, head):
     weight = s.draw(s.config["vocab_size"], x.shape[1], std=0.02).detach().requires_grad_()
     targets = s.draw_tokens(len(x))
     seconds = time_calls(lambda: run_head(head, x, weight, targets), repeats=3)
-    peak = gigabytes(torch.cuda.max_memory_allocated)
+    peak = gigabytes(peak_bytes())
     few, few_targets = x[:CHECK_TOKENS].detach().requires_grad_(), targets[:CHECK_TOKENS]
     found = run_head(head, few, weight, few_targets)
     expected = run_head(full_head, *widen((few, weight), s.wide), few_targets)
@@ -358,35 +370,72 @@ def head_part(s):
 # ---------------------------------------------------------------- train
 
 def train_step(network, optimizer, tokens, cu_seqlens, targets):
-    """Forward, backward, update; returns the GB held when only the static state is left."""
     logprobs, _ = network(tokens, cu_seqlens, targets=targets)
     (-logprobs.sum() / len(tokens)).backward()
-    static = gigabytes(torch.cuda.memory_allocated)  # weights, gradient, moments after a step
     apply_gradient(network, optimizer, 1e-5, 1.0)
-    return static
 
 
-def train_row(s, recompute):
-    device, N, T = s.ranks.device, s.work["tokens"], s.work["seq_len"]
-    network = make_model(s.config, device, torch.float32,
-                         s.ranks if device.type == "cuda" else None, recompute)
-    tokens = s.draw_tokens(N)
-    targets = tokens.roll(-1)
-    targets[T - 1::T] = -1  # a sequence's last token has no next one
+def linear_seconds(s, num_rows, size_in, size_out):
+    """(forward, backward) seconds of a matrix product and its two gradients."""
+    x, weight = s.draw(num_rows, size_in), s.draw(size_out, size_in)
+    grad = s.draw(num_rows, size_out)
+    return (time_calls(lambda: x @ weight.T, 5),
+            time_calls(lambda: (grad @ weight, grad.T @ x), 5))
+
+
+def product_seconds(s, T, recompute):
+    """Seconds that a step's matrix products and attention take one after the other, alone."""
+    c, D = s.config, head_size(s.config)
+    C, ffn = c["hidden_size"], c["intermediate_size"]
+    attended, keys = c["num_attention_heads"] * D, c["num_key_value_heads"] * D
+    total, times = 0, 1 + (recompute != "none")  # that a block's forward products run
+    for size_in, size_out, count in ((C, attended, 1), (C, keys, 2), (attended, C, 1),
+                                     (C, ffn, 2), (ffn, C, 1)):
+        forward, backward = linear_seconds(s, T, size_in, size_out)
+        total += count * (times * forward + backward)
+    (q, k, v), span = make_pack(s, [T])
+    with torch.no_grad():
+        forward = time_calls(lambda: model.attention(q, k, v, span), 5)
+    both = time_calls(lambda: torch.autograd.grad(model.attention(q, k, v, span).sum(),
+                                                  (q, k, v)), 5)
+    total += both + forward * (recompute == "all")
+    rows = min(T, max(1, model.HEAD_LOGITS // c["vocab_size"]))  # the head's, in chunks, twice
+    forward, backward = linear_seconds(s, rows, C, c["vocab_size"])
+    return c["num_hidden_layers"] * total + T / rows * (2 * forward + backward)
+
+
+def train_row(s, T, recompute, is_compiled):
+    device, is_cuda = s.ranks.device, s.ranks.device.type == "cuda"
+    s = s._replace(config=dict(s.config))
+    room = 0.9 * torch.cuda.mem_get_info()[1] if is_cuda else math.inf
+    while (planned := sum(training_plan(s.config, 1, T, recompute).values())) > room:
+        s.config["num_hidden_layers"] -= 1  # as many blocks as fit
+    products = product_seconds(s, T, recompute)
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    network = make_model(s.config, device, torch.float32, s.ranks if is_cuda else None, recompute,
+                         is_compiled)
+    tokens = s.draw_tokens(T)
     step = partial(train_step, network, make_optimizer(network, 0.1, 0.95), tokens,
-                   torch.arange(0, N + 1, T, dtype=torch.int32, device=device), targets)
-    seconds, static = time_calls(step, repeats=3), step()
-    flops = N * flops_per_token(s.config, T)
-    return [f"{seconds:.3f}", f"{N / seconds:,.0f}",
-            f"{flops / seconds / PEAK_FLOPS:.1%}" if device.type == "cuda" else "-",
-            gigabytes(torch.cuda.max_memory_allocated), static,
-            f"{16 * count_parameters(s.config) / 1e9:.2f}"]
+                   torch.tensor([0, T], dtype=torch.int32, device=device),
+                   torch.cat([tokens[1:], tokens[:1] * 0 - 1]))
+    seconds = time_calls(step, repeats=3)
+    peak = peak_bytes()
+    mfu = T * flops_per_token(s.config, T) / seconds / PEAK_FLOPS
+    return [s.config["num_hidden_layers"], f"{seconds:.3f}", f"{T / seconds:,.0f}",
+            f"{products / seconds:.1%}", f"{mfu:.1%}" if is_cuda else "-", gigabytes(peak),
+            gigabytes(planned), f"{peak / planned:.2f}" if is_cuda else "-"]
 
 
 def train_part(s):
-    print_table(f"Train: a step on {s.work['tokens']} tokens in sequences of {s.work['seq_len']}",
-                ["recompute", "seconds", "tokens/s", "MFU", "peak GB", "static GB", "16 N GB"],
-                {"on": partial(train_row, s, True), "off": partial(train_row, s, False)})
+    kinds = [("none", False), ("all", False), ("all_but_attention", False),
+             ("all_but_attention", True)]
+    print_table("Train: a step on one sequence of T tokens",
+                ["T, recomputed", "blocks", "seconds", "tokens/s", "products", "MFU", "peak GB",
+                 "plan GB", "peak over plan"],
+                {f"{T}, {recompute}{', compiled' * compiled}": partial(train_row, s, T, recompute,
+                                                                       compiled)
+                 for T in s.work["trained"] for recompute, compiled in kinds})
 
 
 PARTS = dict(attention=attention_part, decode=decode_part, head=head_part, train=train_part)
@@ -403,7 +452,7 @@ def main(argv):
     ranks = setup()
     narrow, wide = ((torch.bfloat16, torch.float32) if ranks.device.type == "cuda"
                     else (torch.float32, torch.float64))
-    s = Setting(make_config(*SIZES[size]), TINY_WORK if size == "tiny" else WORK, ranks, narrow,
+    s = Setting(make_config(*SIZES[size]), TINY_WORK if size in ("tiny", "small") else WORK, ranks, narrow,
                 wide, copy_bandwidth(ranks.device))
     print_header(s, size)
     for part in parts:
