@@ -83,8 +83,8 @@ CONFIG = dict(
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", "wandb"}
-TRAINING_LIMITS = dict(seed=0, steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1, max_hours=0,
-                       max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
+TRAINING_LIMITS = dict(seed=0, steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1,
+                       max_hours=0, max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        recompute=["", "none", "all", "all_but_attention"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
@@ -346,7 +346,8 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
                       f"row; the last checkpoint is {run.folder}/latest")
             sys.exit(reason if run.is_main else 1)
         bar.update()
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s")
+        shown = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
+        bar.set_postfix_str(shown + (f", mfu {row['mfu']:.0%}" if "mfu" in row else ""))
         stop = run.agree(run.wants_stop())
         if stop or is_last or step % config["save_every"] == 0:
             target = run.save(step, model, optimizer)
@@ -475,7 +476,7 @@ def cache_tokens(paths, tokenizer, cache, ranks):
             if not (folder := Path(cache) / keys[0]).exists():
                 write_tokens(paths, tokenizer, folder)
         except OSError as error:
-            raise InputError(f"cache={cache}: {error}") from None
+            raise InputError(f"{error.filename or cache}: {error.strerror or error}") from None
     ranks.any(f"tokens/{ranks.store.add(f'tokens/{ranks.rank}', 1)}", False)
     return ranks.gather(keys)[0]
 

@@ -1341,6 +1341,32 @@ def test_a_save_may_die_at_any_stage(stage, policy, whole_tokens, tmp_path, monk
     assert timeless(read_log(tmp_path / "run")) == timeless(log)
 
 
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("changes", [[], ["offload=true"], ["recompute=none", "compile=false"]],
+                         ids=["default", "offload", "plain"])
+def test_cuda_trains_as_the_cpu_does(changes, policy, tmp_path):
+    """FSDP2, bf16, compiled blocks, kept attention or offloaded weights that train another model;
+    a checkpoint of it that no run can go on from."""
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'cpu'}", "steps=6")
+    for steps in (3, 6):  # in processes of their own: this one was told that there is no CUDA
+        subprocess.run([sys.executable, pretrain.__file__, f"model={policy}", "seq_len=32",
+                        f"data={tmp_path / 't.jsonl'}", f"cache={tmp_path / 'tokens'}",
+                        "batch_rows=4", "schedule=constant", f"out={tmp_path / 'cuda'}",
+                        f"steps={steps}", *changes], check=True)
+    cpu, cuda = ([row["loss"] for row in read_log(tmp_path / out)] for out in ("cpu", "cuda"))
+    assert cuda == pytest.approx(cpu, rel=0.02) and len(cuda) == 6
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+def test_cuda_samples_what_it_trains(training, tmp_path):
+    """A bf16 sampler whose log-probs are not the trainer's."""
+    subprocess.run([sys.executable, grpo.__file__, *training, "steps=3",
+                    f"out={tmp_path / 'run'}"],
+                   check=True)
+    rows = [row for row in read_log(tmp_path / "run") if row["step"]]
+    assert all(abs(row["ratio/mean"] - 1) < 0.05 for row in rows) and rows
+
+
 # ---------------------------------------------------------------- grpo: advantages and loss
 
 def test_averaged_advantages_equal_a_plain_loop():
