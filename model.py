@@ -224,12 +224,15 @@ def setup():
     if not dist.is_initialized():
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store at a restart
+                attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+                store = dist.PrefixStore(f"attempt {attempt}", store)
         else:
             store, rank = dist.HashStore(), 0
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, device_id=device if cuda else None)
         if world > 1:
-            watch_peers(store, rank, world)
+            watch_peers(dist.distributed_c10d._get_default_store(), rank, world)
     store = dist.distributed_c10d._get_default_store()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
 

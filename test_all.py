@@ -1161,10 +1161,14 @@ def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, policy, t
     assert [row["step"] for row in read_log(tmp_path / "cut")] == [1, 2, 3, 4]
 
 
-def train_tokens(tmp_path, policy, *arguments):
+def token_arguments(tmp_path, policy):
     path = write_lines(tmp_path / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
-    pretrain.main([f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}",
-                   "seq_len=32", "batch_rows=4", "schedule=constant", *arguments])
+    return [f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}", "seq_len=32",
+            "batch_rows=4", "schedule=constant"]
+
+
+def train_tokens(tmp_path, policy, *arguments):
+    pretrain.main(token_arguments(tmp_path, policy) + [*arguments])
 
 
 def train_on_ranks(ranks, tmp_path, policy, arguments):
@@ -1175,11 +1179,10 @@ def test_a_run_refuses_rows_that_have_changed(policy, tmp_path, capsys):
     """Half a run on yesterday's file; or a config.json that no longer tells what was run."""
     train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "steps=1")
     config = (tmp_path / "run" / "config.json").read_text()
-    path = write_lines(tmp_path / "t.jsonl", [{"text": "other rows " * 20}])
+    arguments = token_arguments(tmp_path, policy) + [f"out={tmp_path / 'run'}", "steps=2"]
+    write_lines(tmp_path / "t.jsonl", [{"text": "other rows " * 20}])
     with pytest.raises(SystemExit):
-        pretrain.main([f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}",
-                       "seq_len=32", "batch_rows=4", "schedule=constant",
-                       f"out={tmp_path / 'run'}", "steps=2"])
+        pretrain.main(arguments)
     assert "config.json: data_content was" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.json").read_text() == config
 
@@ -1238,6 +1241,30 @@ def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_pat
     assert errors.count(told[end]) == 1
     assert errors.count("Traceback") == (end == "raises") and "c10d" not in errors
     assert not (tmp_path / "run" / "latest").exists() and len(read_log(tmp_path / "run")) == 2
+
+
+CRASH_ONCE = """
+import os, signal, sys, pretrain
+honest = pretrain.next_token_loss
+def spoiled(model, data, numbers, *rest):
+    if numbers[0] == 8 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(model, data, numbers, *rest)
+pretrain.next_token_loss = spoiled
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_torchrun_starts_a_crashed_run_again(policy, tmp_path):
+    """Ranks of the second start that meet at what the first has left in the store."""
+    train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
+    (tmp_path / "crash.py").write_text(CRASH_ONCE)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                    "--max-restarts", "1", tmp_path / "crash.py", *token_arguments(tmp_path, policy),
+                    f"out={tmp_path / 'run'}", "steps=6", "save_every=2"], check=True, timeout=60,
+                   env=os.environ | dict(PYTHONPATH=str(TOY.parent), CUDA_VISIBLE_DEVICES=""))
+    losses = [[row["loss"] for row in read_log(tmp_path / out)] for out in ("whole", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
 
 
 def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, tmp_path,
@@ -1349,10 +1376,8 @@ def test_cuda_trains_as_the_cpu_does(changes, policy, tmp_path):
     a checkpoint of it that no run can go on from."""
     train_tokens(tmp_path, policy, f"out={tmp_path / 'cpu'}", "steps=6")
     for steps in (3, 6):  # in processes of their own: this one was told that there is no CUDA
-        subprocess.run([sys.executable, pretrain.__file__, f"model={policy}", "seq_len=32",
-                        f"data={tmp_path / 't.jsonl'}", f"cache={tmp_path / 'tokens'}",
-                        "batch_rows=4", "schedule=constant", f"out={tmp_path / 'cuda'}",
-                        f"steps={steps}", *changes], check=True)
+        subprocess.run([sys.executable, pretrain.__file__, *token_arguments(tmp_path, policy),
+                        f"out={tmp_path / 'cuda'}", f"steps={steps}", *changes], check=True)
     cpu, cuda = ([row["loss"] for row in read_log(tmp_path / out)] for out in ("cpu", "cuda"))
     assert cuda == pytest.approx(cpu, rel=0.02) and len(cuda) == 6
 
