@@ -1245,12 +1245,16 @@ def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_pat
 
 CRASH_ONCE = """
 import os, signal, sys, pretrain
-honest = pretrain.next_token_loss
+honest, honest_setup = pretrain.next_token_loss, pretrain.setup
+def setup():
+    ranks = honest_setup()
+    assert ranks.store.add(f"starts/{ranks.rank}", 1) == 1
+    return ranks
 def spoiled(model, data, numbers, *rest):
     if numbers[0] == 8 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
         os.kill(os.getpid(), signal.SIGKILL)
     return honest(model, data, numbers, *rest)
-pretrain.next_token_loss = spoiled
+pretrain.next_token_loss, pretrain.setup = spoiled, setup
 pretrain.main(sys.argv[1:])
 """
 
