@@ -11,7 +11,8 @@ Where the paper (arXiv:2506.18841) is silent or differs:
    0.98 against 1.00 would count as much as 0 against 1.
 2. One update per batch: there is no old-log-prob pass, and nothing to clip. The ratio of the
    trainer's probability to the sampler's, about 1 in fp32, is a weight per token, cut at 2.
-   With top_p or top_k the sampler's is that of the truncated distribution.
+   With top_p or top_k the sampler's is that of the truncated distribution. With more updates,
+   each on a share of the prompts, the ratio is PPO's and clipped; a step is still one batch.
 3. The loss is the mean over the tokens of a prompt's group, then over prompts, so that a long
    request does not weigh more than a short one; normalised once per step over all ranks.
 4. A truncated sample stays in the loss, with format 0: leaving it out would make running to the
@@ -29,8 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (InputError, copy_weights, count_parameters, load_config, load_for_sampling,
-                   load_for_training, load_tokenizer, parse_config, sampling_plan, script, setup)
+from model import (InputError, copy_weights, count_parameters, flops_per_token, load_config,
+                   load_for_sampling, load_for_training, load_tokenizer, parse_config,
+                   sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
@@ -55,7 +57,15 @@ CONFIG = dict(
     length_max=2.0,                # the length reward is 0 from this multiple of the upper end
     lr=3e-4,
     schedule="inverse_sqrt",       # or constant, cosine
-    ratio_cap=2.0,                 # of trainer over sampler, per token
+    updates=1,                     # optimizer steps a batch; from 2 on the ratio is clipped
+    ratio="token",                 # trainer over sampler; or sequence: the mean (GSPO)
+    ratio_cap=2.0,                 # of the ratio as a weight, with one update
+    clip_low=0.2,                  # the ratio's range below and above 1, with more
+    clip_high=0.28,                # (clip-higher, arXiv:2503.14476)
+    loss_mean="prompt",            # over a group's tokens, then prompts; or token, sequence
+    divide_by_std=True,            # false: Dr. GRPO's advantages, arXiv:2503.20783
+    kl=0.0,                        # weight of the divergence from the model of the start
+    resample=0,                    # times that groups of equal rewards give way to other prompts
     micro_tokens=8192,             # tokens a forward pass, on each rank
     slots=64,                      # sequences that a rank decodes together
     **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
@@ -145,32 +155,64 @@ def score(completions, rows, tokenizer, judge, ranks, template, length_max):
     return sorted(ranks.gather(scored), key=lambda rewards: rewards["place"])
 
 
+def replace_groups(batch, dead, prompts, completions, scored):
+    """A batch (prompts, completions, scores) whose groups `dead` are those of other prompts."""
+    kept = [i for i, c in enumerate(batch[1]) if c.prompt not in dead]
+    pairs = [(batch[1][i], batch[2][i]) for i in kept]
+    for c, rewards in zip(completions, scored):
+        place = dead[c.prompt]
+        pairs.append((c._replace(prompt=place), rewards | {"place": (place, c.sample)}))
+    pairs.sort(key=lambda pair: pair[1]["place"])
+    others = dict(zip(dead, prompts))
+    return ([others.get(p, prompt) for p, prompt in enumerate(batch[0])],
+            *map(list, zip(*pairs)))
+
+
 # ---------------------------------------------------------------- advantages and loss
 
-def normalise(rewards_PG, floor):
+def normalise(rewards_PG, floor, divide_by_std):
     """(r - mean) / max(std, floor) within each group; an unscored sample (NaN) gets 0."""
     mean = rewards_PG.nanmean(1, keepdim=True)
     std = (rewards_PG - mean).pow(2).nanmean(1, keepdim=True).sqrt()
-    return ((rewards_PG - mean) / std.clamp(min=floor)).nan_to_num(0.0)
+    scale = std.clamp(min=floor) if divide_by_std else 1
+    return ((rewards_PG - mean) / scale).nan_to_num(0.0)
 
 
-def average_advantages(rewards):
+def average_advantages(rewards, divide_by_std=True):
     """{component: (P, G) rewards} -> (P, G): the mean of the components' own advantages."""
     parts = []
     for name, rewards_PG in rewards.items():
         scored = rewards_PG[~rewards_PG.isnan()]
         spread = scored.std(correction=0).item() if len(scored) else 0.0
         floor = max(0.5 * spread, 1e-6) if name == "writing" else STD_FLOOR
-        parts.append(normalise(rewards_PG, floor))
+        parts.append(normalise(rewards_PG, floor, divide_by_std))
     return torch.stack(parts).mean(0)
 
 
-def policy_loss(logprobs, sampled_logprobs, advantages, weights, ratio_cap):
-    """(loss, ratios) over completion tokens (N,); a token's weight holds all normalisation.
+def policy_loss(logprobs, sampled, advantages, weights, sequence, by_sequence, clip, ratio_cap,
+                reference, kl):
+    """(loss, ratios, divergences) over completion tokens (N,), whose weights hold all
+    normalisation; sequence (N,) tells which one a token is of.
 
-    One update per batch, so REINFORCE with a truncated importance weight."""
-    ratio = (logprobs.detach() - sampled_logprobs).exp()
-    return -(weights * ratio.clamp(max=ratio_cap) * advantages * logprobs).sum(), ratio
+    The ratio is the trainer's probability over the sampler's, of a token or the geometric mean of
+    its sequence's (GSPO, arXiv:2507.18071). clip None: REINFORCE with the ratio as a weight, cut
+    at ratio_cap; (low, high): PPO's surrogate. reference: log-probs of a model to stay near, by
+    the estimate k3 (http://joschu.net/blog/kl-approx.html), or None."""
+    log_ratio = logprobs - sampled
+    if by_sequence:
+        sums = log_ratio.new_zeros(2, sequence.max() + 1)
+        sums = sums.index_add(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
+        log_ratio = (sums[0] / sums[1].clamp(min=1))[sequence]
+    ratio = log_ratio.exp()
+    gains = ratio.detach().clamp(max=ratio_cap) * advantages * logprobs
+    if clip:
+        low, high = clip
+        gains = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    divergences = torch.zeros_like(ratio)
+    if reference is not None:
+        divergences = (reference - logprobs).exp() - (reference - logprobs) - 1
+    loss = -(weights * (gains - kl * divergences)).sum()
+    return loss, ratio.detach(), divergences.detach()
 
 
 class Sequence(NamedTuple):
@@ -182,60 +224,83 @@ class Sequence(NamedTuple):
     weight: float       # of each of its tokens in the loss
 
 
-def make_sequences(prompts, completions, advantages_PG):
-    """Sequences whose weights make the loss a mean over each group's tokens, then over prompts."""
-    group_tokens = [0] * len(prompts)
+def make_sequences(prompts, completions, advantages_PG, loss_mean="prompt"):
+    """Sequences whose weights make the loss a mean over each group's tokens, then over prompts;
+    over all tokens; or over each sequence's tokens, then over sequences."""
+    group_tokens = {c.prompt: 0 for c in completions}
     for c in completions:
         group_tokens[c.prompt] += len(c.tokens)
+    weight = {"prompt": lambda c: 1 / (len(group_tokens) * group_tokens[c.prompt]),
+              "token": lambda c: 1 / sum(group_tokens.values()),
+              "sequence": lambda c: 1 / (len(completions) * len(c.tokens))}[loss_mean]
     return [Sequence(prompts[c.prompt], c.tokens, c.logprobs,
-                     advantages_PG[c.prompt, c.sample].item(),
-                     1 / (len(prompts) * group_tokens[c.prompt])) for c in completions]
+                     advantages_PG[c.prompt, c.sample].item(), weight(c)) for c in completions]
 
 
-def make_packs(sizes, world, micro_tokens):
-    """Sequences dealt into packs of about micro_tokens, the same number for each rank: a list
-    of lists of places, of which rank r takes every world-th from the r-th."""
-    rounds = max(1, math.ceil(sum(sizes) / (world * micro_tokens)))
-    packs, loads = [[] for _ in range(world * rounds)], [0] * (world * rounds)
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        lightest = loads.index(min(loads))
-        packs[lightest].append(place)
-        loads[lightest] += sizes[place]
-    return packs
+def make_packs(sizes, costs, world, micro_tokens):
+    """Sequences dealt into packs of at most micro_tokens (or one sequence) and like costs, as many
+    on each rank: a list of lists of places, the costliest first, of which rank r takes every
+    world-th from the r-th."""
+    num_packs = world * max(1, math.ceil(sum(sizes) / (world * micro_tokens)))
+    while True:
+        packs = [[] for _ in range(num_packs)]
+        tokens, loads = [0] * num_packs, [0.0] * num_packs
+        for place in sorted(range(len(sizes)), key=lambda place: -costs[place]):
+            room = [p for p in range(num_packs)
+                    if not packs[p] or tokens[p] + sizes[place] <= micro_tokens]
+            if not room:
+                break
+            pack = min(room, key=loads.__getitem__)
+            packs[pack].append(place)
+            tokens[pack] += sizes[place]
+            loads[pack] += costs[place]
+        else:
+            return [packs[p] for p in sorted(range(num_packs), key=lambda p: -loads[p])]
+        num_packs += world
 
 
 def pack_tensors(sequences, device):
     """One forward pass's tokens, cu_seqlens and targets, and per target: sampled log-probs,
-    advantages, weights. The last token of a sequence predicts nothing and is left out."""
+    advantages, weights, and the sequence it is of. The last token of a sequence predicts nothing
+    and is left out."""
     empty = [Sequence([0], [0], [0.0], 0.0, 0.0)]  # a rank without work takes part all the same
     tokens, targets, cu_seqlens, per_token = [], [], [0], []
-    for s in sequences or empty:
+    for place, s in enumerate(sequences or empty):
         tokens += (s.prompt + s.completion)[:-1]
         targets += [-1] * (len(s.prompt) - 1) + s.completion
         cu_seqlens.append(len(tokens))
-        per_token += [(logprob, s.advantage, s.weight) for logprob in s.logprobs]
+        per_token += [(logprob, s.advantage, s.weight, place) for logprob in s.logprobs]
+    sampled, advantages, weights, sequence = torch.tensor(per_token, device=device).T
     return (torch.tensor(tokens, device=device),
             torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
             torch.tensor(targets, device=device),
-            torch.tensor(per_token, device=device).T)
+            (sampled, advantages, weights, sequence.long()))
 
 
-def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, ratio_cap):
-    """Backward over this rank's packs; (entropies, ratios) of its completion tokens."""
-    packs = make_packs([len(s.prompt) + len(s.completion) for s in sequences], ranks.world,
-                       micro_tokens)
-    entropies, ratios = [], []
+def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, ratio_cap=2.0,
+                        by_sequence=False, clip=None, reference=None, kl=0.0):
+    """Backward over this rank's packs; (entropies, ratios, divergences) of its completion tokens.
+    reference: a model whose log-probs policy_loss gets, or None."""
+    sizes = [len(s.prompt) + len(s.completion) for s in sequences]
+    packs = make_packs(sizes, [size * flops_per_token(model.config, size) for size in sizes],
+                       ranks.world, micro_tokens)
+    found = [], [], []
     for pack in packs[ranks.rank::ranks.world]:
-        tokens, cu_seqlens, targets, (sampled, advantages, weights) = pack_tensors(
+        tokens, cu_seqlens, targets, per_token = pack_tensors(
             [sequences[place] for place in pack], ranks.device)
+        is_target, start = targets >= 0, None
+        if reference is not None:
+            with torch.no_grad():
+                start = reference(tokens, cu_seqlens, targets=targets,
+                                  temperature=temperature)[0][is_target]
         logprobs, entropy = model(tokens, cu_seqlens, targets=targets, temperature=temperature)
-        is_target = targets >= 0
-        loss, ratio = policy_loss(logprobs[is_target], sampled, advantages, weights, ratio_cap)
+        loss, *told = policy_loss(logprobs[is_target], *per_token, by_sequence, clip, ratio_cap,
+                                  start, kl)
         (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
         if pack:
-            entropies.append(entropy.detach()[is_target])
-            ratios.append(ratio)
-    return [torch.cat(x).tolist() if x else [] for x in (entropies, ratios)]
+            for values, new in zip(found, (entropy.detach()[is_target], *told)):
+                values += new.tolist()
+    return found
 
 
 # ---------------------------------------------------------------- what a step reports
@@ -265,8 +330,10 @@ def step_row(step, completions, scored, rewards, entropies, ratios):
     row = {"step": step}
     row |= {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
     ratios = np.array(ratios)
+    finished = [len(c.tokens) for c in completions if c.finish == "stop"]
     row |= {"words": mean_of(scored, "words"),
             "tokens": sum(len(c.tokens) for c in completions) / len(completions),
+            "tokens/finished": sum(finished) / max(1, len(finished)),
             "truncated": sum(c.finish == "length" for c in completions) / len(completions),
             "repetition": mean_of(scored, "repetition"),
             "entropy": sum(entropies) / len(entropies),
@@ -355,9 +422,14 @@ class Trainer:
             self.sampler = load_for_sampling(config["model"], ranks)
             self.sampler.num_tokens = self.model.num_tokens
         self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)
+        self.reference = None
+        if config["kl"]:
+            self.reference = load_for_training(config, ranks).requires_grad_(False)
+            self.reference.num_tokens = self.model.num_tokens
         self.judge = WritingModel(config["reward_model"], ranks) if config["reward_model"] else None
         self.rows, self.prompts = self.load_prompts("prompts")
         self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
+        self.clip = (config["clip_low"], config["clip_high"]) if config["updates"] > 1 else None
         self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
         self.run = Run(config, ranks)
         self.bar = tqdm(total=config["steps"], initial=self.run.step, unit="step",
@@ -397,29 +469,55 @@ class Trainer:
             save_samples(self.run.folder, step, *found, self.eval_rows)
         return eval_row(found[1], self.eval_rows)
 
+    def sample_batch(self, step):
+        """(prompts, completions, scores, rewards) of a step, or None when a rank has to stop.
+        Groups without any advantage give way to other prompts, up to `resample` times."""
+        config, batch = self.config, None
+        places = choose_prompts(len(self.rows), config["num_prompts"], step, config["seed"])
+        for attempt in range(1 + config["resample"]):
+            rows, prompts = ([part[place] for place in places]
+                             for part in (self.rows, self.prompts))
+            found = self.roll_out(rows, prompts, config["num_samples"],
+                                  (step, attempt) if attempt else step, **{
+                                      key: config[key]
+                                      for key in ("temperature", "top_p", "top_k")})
+            if found is None:
+                return None
+            batch = replace_groups(batch, dead, prompts, *found) if batch else (prompts, *found)
+            rewards = reward_table(batch[2], config["num_samples"])
+            dead = (average_advantages(rewards) == 0).all(1).nonzero()[:, 0].tolist()
+            if not dead:
+                break
+            places = np.random.default_rng([config["seed"], step, attempt]).integers(
+                len(self.rows), size=len(dead))
+        return *batch, rewards
+
     def update(self, step):
         """One step: the log row, or None when a rank has to stop before it."""
         config, start = self.config, time.perf_counter()
-        places = choose_prompts(len(self.rows), config["num_prompts"], step, config["seed"])
-        rows, prompts = ([part[place] for place in places] for part in (self.rows, self.prompts))
-        found = self.roll_out(rows, prompts, config["num_samples"], step, **{
-            key: config[key] for key in ("temperature", "top_p", "top_k")})
+        found = self.sample_batch(step)
         if found is None:
             return None
-        completions, scored = found
-        rewards = reward_table(scored, config["num_samples"])
-        advantages = average_advantages(rewards)
+        prompts, completions, scored, rewards = found
+        advantages = average_advantages(rewards, config["divide_by_std"])
         sampled = time.perf_counter()
-        entropies, ratios = accumulate_gradient(
-            self.model, make_sequences(prompts, completions, advantages), self.ranks,
-            config["micro_tokens"], config["temperature"], config["ratio_cap"])
         lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                            config["schedule"])
-        norm = apply_gradient(self.model, self.optimizer, lr, config["clip"])
+        norms, told = [], [[], [], []]
+        for share in range(config["updates"]):
+            mine = [c for c in completions if c.prompt % config["updates"] == share]
+            new = accumulate_gradient(
+                self.model, make_sequences(prompts, mine, advantages, config["loss_mean"]),
+                self.ranks, config["micro_tokens"], config["temperature"], config["ratio_cap"],
+                config["ratio"] == "sequence", self.clip, self.reference, config["kl"])
+            told = [values + more for values, more in zip(told, new)]
+            norms.append(apply_gradient(self.model, self.optimizer, lr, config["clip"]))
         done = time.perf_counter()
-        row = step_row(step, completions, scored, rewards, self.ranks.gather(entropies),
-                       self.ranks.gather(ratios))
-        row |= {"grad_norm": norm, "lr": lr, "seconds/sample": sampled - start,
+        *told, divergences = map(self.ranks.gather, told)
+        row = step_row(step, completions, scored, rewards, *told)
+        if self.reference is not None:
+            row["kl"] = sum(divergences) / len(divergences)
+        row |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "seconds/sample": sampled - start,
                 "seconds/train": done - sampled, "tokens_per_second":
                     sum(len(c.tokens) for c in completions) / (done - start)}
         dead = (advantages == 0).all(1).float().mean().item()
@@ -478,7 +576,11 @@ def plan(config):
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
-        micro_tokens=1))
+        micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1), clip_high=0,
+        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0))
+    if config["num_prompts"] < config["updates"]:
+        raise InputError(f"updates={config['updates']}: expected at most num_prompts="
+                         f"{config['num_prompts']}")
     if config["plan"]:
         return plan(config)
     trainer = Trainer(config, setup())

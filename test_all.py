@@ -1421,6 +1421,17 @@ def test_averaged_advantages_equal_a_plain_loop():
     assert grpo.average_advantages(odd).tolist() == [[0.0]]
 
 
+def make_rollout(num_prompts):
+    """Prompts, two completions of each in any order, advantages (P, 2)."""
+    rng = random.Random(0)
+    prompts = random_sequences([rng.randrange(1, 9) for _ in range(num_prompts)], 300)
+    completions = [sample.Completion(p, g, tokens, [-12 * rng.random() for _ in tokens], "stop")
+                   for p in range(num_prompts) for g in range(2)
+                   for tokens in random_sequences([rng.randrange(1, 20)], 300, 10 * p + g)]
+    rng.shuffle(completions)
+    return prompts, completions, torch.randn(num_prompts, 2, generator=torch.manual_seed(0))
+
+
 def gradient_of(ranks, folder, rollout, micro_tokens):
     ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
     ours.num_tokens = 340
@@ -1436,14 +1447,7 @@ def test_the_gradient_equals_a_hand_written_step(num_prompts, micro_tokens, worl
     """A loss over prompts' tokens, a mean over samples instead of a group's tokens, a ratio that
     is not cut or that carries gradient, the temperature left out, targets off by one; normalised
     per micro-batch or per rank; a sequence trained twice; an idle rank that hangs the others."""
-    rng = random.Random(0)
-    prompts = random_sequences([rng.randrange(1, 9) for _ in range(num_prompts)], 300)
-    completions = [sample.Completion(p, g, tokens, [-12 * rng.random() for _ in tokens], "stop")
-                   for p in range(num_prompts) for g in range(2)
-                   for tokens in random_sequences([rng.randrange(1, 20)], 300, 10 * p + g)]
-    rng.shuffle(completions)
-    advantages = torch.randn(num_prompts, 2, generator=torch.manual_seed(0))
-    rollout = prompts, completions, advantages
+    rollout = prompts, completions, advantages = make_rollout(num_prompts)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
     loss = 0.0
     for c in completions:  # REINFORCE with a truncated importance weight, token by token
@@ -1459,6 +1463,69 @@ def test_the_gradient_equals_a_hand_written_step(num_prompts, micro_tokens, worl
             assert_close(gradient[name], parameter.grad, atol=1e-5, rtol=1e-4)
     nothing = gradient_of(ALONE, policy, (prompts, completions, advantages * 0), 40)
     assert not any(x.any() for x in nothing.values())
+
+
+def log_probs_of(theirs, prompt, tokens):
+    """Of each token of a completion after its prompt, by transformers."""
+    logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1, :340]
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("loss_mean, by_sequence, clip, kl", [
+    ("token", False, None, 0.0), ("sequence", False, (0.2, 0.28), 0.0), ("prompt", True, None, 0.0),
+    ("sequence", True, (0.01, 0.02), 0.0), ("token", False, (0.2, 0.28), 0.5)])
+def test_variants_of_the_loss_equal_hand_written_ones(loss_mean, by_sequence, clip, kl, policy,
+                                                      tmp_path):
+    """GSPO whose ratio is a sum or leaks over sequences, a clip on the wrong side for negative
+    advantages, means over the wrong things, a divergence of the wrong sign."""
+    prompts, completions, advantages = make_rollout(3)
+    theirs, start = (transformers.AutoModelForCausalLM.from_pretrained(policy) for _ in "ab")
+    with torch.no_grad():  # a reference that differs; ratios near 1, and beyond every clip
+        for parameter in start.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
+        noise = random.Random(1)
+        completions = [c._replace(logprobs=[x + noise.uniform(-0.5, 0.5) for x in log_probs_of(
+            theirs, prompts[c.prompt], c.tokens).tolist()]) for c in completions]
+    start.save_pretrained(tmp_path)
+    loss, count = 0.0, sum(len(c.tokens) for c in completions)
+    for c in completions:
+        logprobs, old = log_probs_of(theirs, prompts[c.prompt], c.tokens), torch.tensor(c.logprobs)
+        group = sum(len(d.tokens) for d in completions if d.prompt == c.prompt)
+        weight = {"token": 1 / count, "prompt": 1 / group / 3, "sequence": 1 / len(c.tokens) / 6}
+        away = log_probs_of(start, prompts[c.prompt], c.tokens).detach() - logprobs
+        for i in range(len(c.tokens)):
+            ratio = (logprobs - old).mean().exp() if by_sequence else (logprobs[i] - old[i]).exp()
+            A = advantages[c.prompt, c.sample]
+            gain = min(ratio.item(), 2.0) * A * logprobs[i]
+            if clip:
+                is_flat = ratio > 1 + clip[1] if A > 0 else ratio < 1 - clip[0]
+                gain = 0.0 if is_flat else ratio * A
+            loss = loss - weight[loss_mean] * (gain - kl * (away[i].exp() - away[i] - 1))
+    loss.backward()
+    ours, reference = load_model(policy, "cpu"), load_model(tmp_path, "cpu")
+    ours.num_tokens = reference.num_tokens = 340
+    _, ratios, divergences = grpo.accumulate_gradient(
+        ours, grpo.make_sequences(prompts, completions, advantages, loss_mean), ALONE, 40,
+        temperature=1.0, by_sequence=by_sequence, clip=clip, reference=reference, kl=kl)
+    for name, parameter in theirs.named_parameters():
+        assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+    assert len(ratios) == count and min(divergences) >= 0 and max(divergences) > 0
+
+
+def test_packs_hold_all_within_their_tokens_at_like_costs():
+    """A pack that no memory holds, a sequence lost, ranks that wait for the one with the long
+    texts, or that meet in different numbers of collectives."""
+    rng = random.Random(0)
+    for sizes in ([rng.randrange(1, 2000) for _ in range(200)], [5], [], [3000, 10, 10]):
+        costs = [size * (1 + size / 500) for size in sizes]
+        packs = grpo.make_packs(sizes, costs, 4, 2500)
+        assert sorted(sum(packs, [])) == list(range(len(sizes))) and len(packs) % 4 == 0
+        assert all(sum(sizes[p] for p in pack) <= 2500 or len(pack) == 1 for pack in packs)
+    packs = grpo.make_packs(sizes := [rng.randrange(1, 2000) for _ in range(200)],
+                            costs := [size * (1 + size / 500) for size in sizes], 4, 2500)
+    loads = np.array([sum(costs[p] for p in pack) for pack in packs]).reshape(-1, 4)
+    wall = loads.max(1).sum()  # a micro-batch is over when its slowest rank is
+    assert wall < 1.1 * sum(costs) / 4
 
 
 def test_every_prompt_comes_once_an_epoch():
@@ -1478,7 +1545,8 @@ def test_spearman_is_the_correlation_of_mean_ranks():
 
 # ---------------------------------------------------------------- grpo: the run
 
-LOG_KEYS = """step reward/length reward/format reward/writing words tokens truncated repetition
+LOG_KEYS = """step reward/length reward/format reward/writing words tokens
+    tokens/finished truncated repetition
     entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length zero_std/format
     zero_std/writing seconds/sample seconds/train tokens_per_second""".split()
 EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
@@ -1562,6 +1630,33 @@ def test_two_ranks_sample_what_they_train(training, whole_run, tmp_path):
     assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["ratio/outside"] == 0 for row in log[1:])
     for key in ("reward/length", "tokens", "grad_norm"):
         assert log[1][key] == pytest.approx(alone[1][key], rel=1e-3)
+
+
+def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
+    """A batch whose samples, scores and prompts no longer belong together; the same noise again
+    for other prompts; updates that see only some of the prompts."""
+    seen, tried, honest = [], [], grpo.accumulate_gradient
+    monkeypatch.setattr(grpo, "accumulate_gradient", lambda model, sequences, *rest: seen.append(
+        sequences) or honest(model, sequences, *rest))
+
+    def equal_at_first(completions, rows, tokenizer, *rest):  # the first group of the first try
+        tried.append([row["id"] for row in rows])
+        return [{"length": 0.5 if len(tried) == 1 and c.prompt == 0 else float(c.sample),
+                 "format": 1.0, "writing": 0.0, "repetition": 0.0, "words": 3,
+                 "place": (c.prompt, c.sample), "answer": tokenizer.decode(c.tokens),
+                 "completion": ""} for c in completions]
+
+    monkeypatch.setattr(grpo, "score", equal_at_first)
+    monkeypatch.setattr(grpo.Trainer, "evaluate", lambda trainer, step: dict.fromkeys(EVAL_KEYS, 0))
+    monkeypatch.setattr(grpo, "show_result", lambda folder: None)
+    grpo.main(training + [f"out={tmp_path / 'run'}", "steps=1", "resample=1", "updates=2",
+                          "ratio=sequence", "kl=0.1", "divide_by_std=false"])
+    (first, second), (again,) = tried
+    row = read_log(tmp_path / "run")[1]
+    assert row["kl"] >= 0 and [len(sequences) for sequences in seen] == [2, 2]
+    tokenizer, prompts = load_tokenizer(training[0].partition("=")[2]), [x[0].prompt for x in seen]
+    numbers = [re.search(r"Say (\d+)", tokenizer.decode(prompt))[1] for prompt in prompts]
+    assert numbers == [again[1:], second[1:]]
 
 
 def test_most_samples_cut_raise_the_alarm(training, tmp_path):

@@ -3,7 +3,7 @@
     python bench/balance.py                  # the paper's batch on 8 engines, seconds on a laptop
     python bench/balance.py prompts=64 engines=16 correlation=0.5
 
-A simulation, no model runs: completions have log-normal lengths, cut at max_tokens, that follow what
+A simulation: completions have log-normal lengths, cut at max_tokens, that follow what
 their prompt asks for as `correlation` says. An engine is the GPUs that share a copy of the weights;
 a step adds a token to each of its running rows and takes the time to read the weights and the rows'
 keys and values. Defaults: Qwen2.5-32B in bf16 over 8 GPUs of 3 TB/s each.
