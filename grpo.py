@@ -132,7 +132,7 @@ def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots,
     except Abandoned:
         pass
     bar.set_description_str("")
-    if run.agree(run.wants_stop()):  # ranks meet at the store before any collective
+    if run.ranks.any(run.wants_stop()):  # ranks meet at the store before any collective
         return None
     return sorted(ranks.gather(completions), key=lambda c: (c.prompt, c.sample))
 
@@ -591,14 +591,15 @@ def main(argv):
     step = trainer.loop()
     if run.is_main:
         draw_curves(run.folder, PANELS)
-        if step < config["steps"]:
-            print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
-        else:
-            show_result(run.folder)
-            print(f"\nlearning curve: {run.folder}/curves.png, model: {run.folder}/latest")
     if run.state.get("alarm"):
+        run.ranks.any(False)  # rank 0 has drawn
         reason = f"stopped: {run.state['alarm']}; best is {run.folder}/best"
         sys.exit(reason if run.is_main else 1)
+    if run.is_main and step < config["steps"]:
+        print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
+    elif run.is_main:
+        show_result(run.folder)
+        print(f"\nlearning curve: {run.folder}/curves.png, model: {run.folder}/latest")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ CONFIG = dict(
     sample_tp=1,         # GPUs that share one copy of the sampling weights
     max_tokens=14_000,   # prompt and completion: of a pack in training, of a cache in sampling
 )
+WATCHES = []  # of this process: one while there is a process group
 HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
 
 
@@ -72,6 +73,8 @@ def script(main):
         had_group = dist.is_initialized()
         try:
             main(sys.argv[1:] if argv is None else argv)
+            if dist.is_initialized() and not had_group:
+                setup().any(False)  # the slowest may take longer than a collective waits
         except InputError as error:
             if is_first_to_fail():
                 tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
@@ -83,8 +86,10 @@ def script(main):
         except BaseException:  # an end that was asked for
             is_first_to_fail()
             raise
+        finally:
+            while WATCHES:
+                WATCHES.pop().stop()
         if dist.is_initialized() and not had_group:
-            setup().any("end", False)  # the slowest may take longer than a collective waits
             dist.barrier()  # without it some ranks die at exit
             dist.destroy_process_group()
     return run
@@ -100,35 +105,44 @@ def is_first_to_fail():
         return False
 
 
-def watch_peers(store, rank, world):
-    """Start a thread that ends this process soon after another rank has failed or died: nobody is
-    left to finish a step with, and nothing half done may be saved."""
-    host = socket.gethostname()
-    store.set(f"process/{rank}", f"{host} {os.getpid()}")
+class PeerWatch(threading.Thread):
+    """Ends this process soon after another rank has failed or died: nobody is left to finish a
+    step with, and nothing half done may be saved."""
 
-    def has_died(peer):
-        where, pid = store.get(f"process/{peer}").decode().split()
-        try:
-            if where == host:
-                os.kill(int(pid), 0)  # signal 0 only asks whether there is such a process
-            return False
-        except ProcessLookupError:
-            return not store.check([f"end/{peer}"])
+    def __init__(self, store, rank, world):
+        super().__init__(daemon=True)
+        self.store, self.world, self.over = store, world, threading.Event()
+        store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
 
-    def watch():
+    def run(self):
+        peers = [self.store.get(f"process/{peer}").decode().split() for peer in range(self.world)]
+        nearby = [int(pid) for host, pid in peers
+                  if host == socket.gethostname() and is_alive(int(pid))]
         try:
-            while not (store.check(["failures"]) or any(map(has_died, range(world)))):
-                time.sleep(1)
-            time.sleep(3)  # for ranks that end by themselves, and tell why
-            if dist.is_initialized() and is_first_to_fail():
+            while all(map(is_alive, nearby)) and not self.store.check(["failures"]):
+                if self.over.wait(1):
+                    return
+            if self.over.wait(3):  # for ranks that end by themselves, and tell why
+                return
+            if is_first_to_fail():
                 tqdm.write("error: a rank died without a word (killed, or out of memory?)",
                            file=sys.stderr)
         except RuntimeError:  # the rank that held the store is gone
-            time.sleep(3)
-        if dist.is_initialized():
-            os._exit(1)
+            if self.over.wait(3):
+                return
+        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    def stop(self):
+        self.over.set()
+        self.join()
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)  # only asks
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def parse_value(key, text, default, may_be_json=False):
@@ -194,13 +208,14 @@ class Ranks(NamedTuple):
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def any(self, name, flag):
-        """Whether any rank says so. Ranks wait at the store, however long the slowest takes, so
-        a name is used once, and a collective after it starts with all ranks there."""
+    def any(self, flag):
+        """Whether any rank says so. All meet at the store, however long the slowest takes, so a
+        collective after it starts with all ranks there."""
         if self.world == 1:
             return flag
-        self.store.set(f"{name}/{self.rank}", str(int(flag)))
-        keys = [f"{name}/{rank}" for rank in range(self.world)]
+        meeting = self.store.add(f"meetings/{self.rank}", 1)
+        self.store.set(f"meeting {meeting}/{self.rank}", str(int(flag)))
+        keys = [f"meeting {meeting}/{rank}" for rank in range(self.world)]
         pause = 1e-3
         while not self.store.check(keys):  # unlike in wait, signals are heard
             time.sleep(pause)
@@ -213,7 +228,7 @@ def setup():
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if cuda:
         torch.cuda.set_device(device)
     elif world > 1:  # torchrun allows one thread a process unless told otherwise
@@ -232,7 +247,8 @@ def setup():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, device_id=device if cuda else None)
         if world > 1:
-            watch_peers(dist.distributed_c10d._get_default_store(), rank, world)
+            WATCHES.append(PeerWatch(dist.distributed_c10d._get_default_store(), rank, world))
+            WATCHES[-1].start()
     store = dist.distributed_c10d._get_default_store()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
 
@@ -259,11 +275,12 @@ def open_folder(config, ranks, may_differ=()):
                 raise InputError(f"{path.parent}: expected a new folder with resume=false, "
                                  "found a run")
             before = read_config(path) if path.exists() else config
-            for key in set(config) - set(may_differ) - {"resume"}:
-                if before.get(key) != config[key]:
-                    raise InputError(f"{path}: {key} was {before.get(key)!r} and is now "
-                                     f"{config[key]!r}; resume with the same, or choose "
-                                     "another out")
+            changed = [f"{key} was {before.get(key)!r} and is now {config[key]!r}"
+                       for key in config if before.get(key) != config[key]
+                       and key not in {"resume", *may_differ}]
+            if changed:
+                raise InputError(f"{path}: {'; '.join(changed)}; resume with the same, or choose "
+                                 "another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
             temporary = path.with_suffix(".tmp")  # a kill leaves the old one or the new one
             temporary.write_text(json.dumps(run, indent=2) + "\n")
@@ -271,7 +288,7 @@ def open_folder(config, ranks, may_differ=()):
         except OSError as error:
             raise InputError(f"out={config['out']}: cannot be written: "
                              f"{error.strerror}") from None
-    ranks.any(f"open {path}", False)
+    ranks.any(False)
 
 
 def find_commit():
@@ -640,7 +657,7 @@ def find_folder(name, with_weights=False):
     try:
         return Path(snapshot_download(name, allow_patterns=[
             "*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: no such folder, and the hub says: {reason}") from None
 
@@ -671,8 +688,11 @@ def load_config(name, with_weights=False):
 def load_tokenizer(name):
     """The folder's tokenizer, by transformers; nothing of it is run as code."""
     from transformers import AutoTokenizer
+    folder = find_folder(name)
+    if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json")):
+        raise InputError(f"{name}: expected tokenizer.json or vocab.json, found neither")
     try:
-        return AutoTokenizer.from_pretrained(find_folder(name))
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: expected a tokenizer, found none: {reason}") from None
@@ -826,8 +846,9 @@ def count_parameters(config):
 
 def count_multiplied(config):
     """Parameters that every token is multiplied by: not an embedding apart from the head."""
-    embedding = config["vocab_size"] * config["hidden_size"]
-    return count_parameters(config) - (0 if config.get("tie_word_embeddings") else embedding)
+    is_head = config.get("tie_word_embeddings") and not is_scorer(config)
+    return count_parameters(config) - (0 if is_head else
+                                       config["vocab_size"] * config["hidden_size"])
 
 
 def flops_per_token(config, length):
@@ -841,24 +862,27 @@ def training_plan(config, gpus, pack_tokens, recompute="all_but_attention", widt
     """{kind: bytes on each GPU} of training in packs of so many tokens, as if all were there at
     one time; recompute: as Block says; width: bytes of a computed value."""
     C, layers = config["hidden_size"], config["num_hidden_layers"]
-    count, head = count_parameters(config), config["vocab_size"] * C
-    tables = head if config.get("tie_word_embeddings") else 2 * head
+    count, table = count_parameters(config), config["vocab_size"] * C
+    head = 0 if is_scorer(config) else table
+    tables = table if config.get("tie_word_embeddings") else table + head
     block = (count - tables) // layers
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     qkv, attended = (n * head_size(config) for n in (heads + 2 * kv_heads, heads))
     ffn = config["intermediate_size"]
     inside = 5 * C + 2 * qkv + 4 * ffn  # what a block's backward reads
-    kept = dict.fromkeys(["saved block inputs"], width * C * layers * pack_tokens)
-    if recompute == "all_but_attention":
-        kept["saved attention outputs"] = (width * attended + 4 * heads) * layers * pack_tokens
-    kept["one recomputed block"] = width * inside * pack_tokens
-    if recompute == "none":
+    kept = {"saved block inputs": width * C * layers * pack_tokens,
+            "saved attention outputs": (width * attended + 4 * heads) * layers * pack_tokens,
+            "one recomputed block": width * inside * pack_tokens}
+    if recompute == "all":
+        del kept["saved attention outputs"]
+    elif recompute == "none":
         kept = {"saved activations": width * inside * layers * pack_tokens}
     return {"fp32 weights, two moments, gradient": 16 * count // gpus,
             "two gathered blocks, one's gradient": (2 * width + 4) * block,
-            "gathered embedding and head, gradient": width * tables + 4 * head,
+            "gathered embedding and head, gradient": width * tables + 4 * table,
             **kept, "a block's gradients on the way": width * 4 * ffn * pack_tokens,
-            "logits of a chunk": 3 * 4 * min(HEAD_LOGITS, config["vocab_size"] * pack_tokens)}
+            "logits of a chunk":
+                bool(head) * 3 * 4 * min(HEAD_LOGITS, config["vocab_size"] * pack_tokens)}
 
 
 def sampling_plan(config, sample_tp, max_tokens):

@@ -21,6 +21,7 @@ into rows of seq_len tokens. Attention never crosses from one document to anothe
 """
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -83,8 +84,9 @@ CONFIG = dict(
     **TRAINING,
 )
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", "wandb"}
-TRAINING_LIMITS = dict(seed=0, steps=1, lr=0, warmup=0, save_every=1, eval_every=1, keep=1,
-                       max_hours=0, max_bad_steps=1, clip=0, weight_decay=0, beta2=(0, 1),
+TRAINING_LIMITS = dict(seed=(0, 2 ** 63 - 1), steps=1, lr=0, warmup=0, save_every=1,
+                       eval_every=1, keep=1, max_hours=0, max_bad_steps=1, clip=0,
+                       weight_decay=0, beta2=(0, 1),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        recompute=["", "none", "all", "all_but_attention"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
@@ -129,10 +131,7 @@ def apply_gradient(model, optimizer, lr, clip):
 # ---------------------------------------------------------------- the run: log, checkpoints, ends
 
 def open_wandb(config):
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("wandb=true needs: pip install wandb") from None
+    import wandb
     return wandb.init(project=Path(config["out"]).name, config=config)
 
 
@@ -143,17 +142,24 @@ class Run:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, alone: intended
         self.config, self.ranks, self.folder = config, ranks, Path(config["out"])
         self.is_main = ranks.rank == 0
+        if config["wandb"] and not importlib.util.find_spec("wandb"):
+            raise InputError("wandb=true needs: pip install wandb")
         open_folder(config, ranks, MAY_DIFFER)
         self.start, self.stop_asked = time.time(), False
-        self.meetings = self.rollouts = 0  # so that names in the store are used once
+        self.rollouts = 0  # so that their names in the store are used once
         latest = self.folder / "latest"
+        if latest.is_symlink() and not latest.exists():
+            raise InputError(f"{latest}: expected a checkpoint, found a link to "
+                             f"{os.readlink(latest)}, which is not there; point it at another")
         self.checkpoint = latest.resolve() if latest.exists() else None
         self.state = {"step": 0}  # what a script saves beside the weights: small and JSON
         if self.checkpoint:
             self.state = json.loads((self.checkpoint / "state" / "run.json").read_text())
-        self.step = self.state["step"]
+        self.step = self.saved = self.state["step"]
         if self.is_main:
             self.cut_log()
+            for left in self.folder.glob("checkpoint-*.tmp"):
+                shutil.rmtree(left)
         self.wandb = open_wandb(config) if self.is_main and config["wandb"] else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
@@ -176,11 +182,6 @@ class Run:
         """This rank was signalled, or its hours are over; the others may not know yet."""
         hours = self.config["max_hours"]
         return self.stop_asked or bool(hours) and time.time() - self.start > hours * 3600
-
-    def agree(self, flag):
-        """Whether any rank raised the flag; all ranks wait here for the slowest."""
-        self.meetings += 1
-        return self.ranks.any(f"meeting/{self.meetings}", flag)
 
     def log(self, row):
         """Append a row to log.jsonl, with null for what is not finite."""
@@ -211,13 +212,13 @@ class Run:
         """Write checkpoint-NNNNNN aside, sync it, rename it, then move the links; collective."""
         target = self.folder / f"checkpoint-{step:06d}"
         aside = target.with_suffix(".tmp")
-        if not target.exists():
+        if step != self.saved:
             default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
             dtype = getattr(torch, self.config["save_dtype"] or default)
             needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            if self.agree(self.is_main and shutil.disk_usage(self.folder).free < needed):
+            if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
                 raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
                                  "the checkpoint before is intact")
             try:
@@ -227,6 +228,8 @@ class Run:
             except (OSError, SafetensorError, CheckpointException) as error:
                 causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
                 free = shutil.disk_usage(self.folder).free  # torch's words may not say it
+                if self.is_main:
+                    shutil.rmtree(aside, ignore_errors=True)
                 raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
                                  f"{[*causes, error][0]}; the checkpoint before is intact"
                                  ) from None
@@ -235,11 +238,14 @@ class Run:
                 self.state["step"] = step
                 (aside / "state" / "run.json").write_text(json.dumps(self.state))
                 sync_folder(aside)
+                if target.exists():  # of a run that went on from an earlier one
+                    shutil.rmtree(target)
                 os.replace(aside, target)
             for link in ["best"] * is_best + ["latest"]:
                 point_link(self.folder / link, target.name)
             self.prune()
-        self.agree(False)
+        self.saved = step
+        self.ranks.any(False)
         return target
 
     def prune(self):
@@ -294,10 +300,11 @@ def draw_curves(folder, panels):
     plt.close(figure)
 
 
-def print_plan(config, tokens, pack_tokens, length, **more):
+def print_plan(config, tokens, pack_tokens, length, changes={}, **more):
     """What a training run needs, and nothing started. tokens: of a step over all GPUs, in
-    sequences of this length; pack_tokens: of a forward pass; more: other {kind: bytes}."""
-    gpus, (_, found) = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])
+    sequences of this length; pack_tokens: of a forward pass; changes: to the folder's config;
+    more: other {kind: bytes}."""
+    gpus, found = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])[1] | changes
     if os.environ.get("RANK", "0") != "0":
         return
     kinds = training_plan(found, gpus, pack_tokens, config["recompute"] or "all_but_attention")
@@ -342,13 +349,14 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
             row |= validate()
         run.log(row)
         if is_over:
+            bar.close()
             reason = (f"stopped: the gradient is not finite, {config['max_bad_steps']} steps in a "
                       f"row; the last checkpoint is {run.folder}/latest")
             sys.exit(reason if run.is_main else 1)
         bar.update()
         shown = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
         bar.set_postfix_str(shown + (f", mfu {row['mfu']:.0%}" if "mfu" in row else ""))
-        stop = run.agree(run.wants_stop())
+        stop = run.ranks.any(run.wants_stop())
         if stop or is_last or step % config["save_every"] == 0:
             target = run.save(step, model, optimizer)
         if stop:
@@ -412,6 +420,18 @@ def write_tokens(paths, tokenizer, folder, batch=1000):
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".tmp", dir=folder.parent))
     aside.chmod(0o755)  # a temporary folder is its owner's alone
+    try:
+        fill_tokens(paths, tokenizer, aside, batch)
+        os.replace(aside, folder)
+    except OSError:
+        if not folder.exists():  # else another run was faster, with the same tokens
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def fill_tokens(paths, tokenizer, aside, batch):
+    """The files of write_tokens, on the disk."""
     ends, end = array("q", [0]), np.array([tokenizer.eos_token_id], dtype=np.int32)
     check = lambda row, number: encodable(row_parts(row, tokenizer))
     rows = (parts for path in paths for parts in checked_rows(path, check))
@@ -428,12 +448,10 @@ def write_tokens(paths, tokenizer, folder, batch=1000):
                 ends.append(ends[-1] + sum(map(len, pieces)) + 1)
             bar.update(len(documents))
             bar.set_postfix_str(f"{ends[-1]:,} tokens")
+    if ends[-1] == len(ends) - 1:
+        raise InputError(f"{paths[0]}: expected text to train on, found only empty rows")
     np.save(aside / "ends.npy", np.array(ends[1:]))
     sync_folder(aside)
-    try:
-        os.replace(aside, folder)
-    except OSError:  # another run was faster, with the same tokens
-        shutil.rmtree(aside)
 
 
 def find_files(names):
@@ -477,8 +495,8 @@ def cache_tokens(paths, tokenizer, cache, ranks):
                 write_tokens(paths, tokenizer, folder)
         except OSError as error:
             raise InputError(f"{error.filename or cache}: {error.strerror or error}") from None
-    ranks.any(f"tokens/{ranks.store.add(f'tokens/{ranks.rank}', 1)}", False)
-    return ranks.gather(keys)[0]
+    ranks.any(False)
+    return ranks.gather(keys)[0]  # of rank 0, the only one
 
 
 class Documents:
@@ -490,11 +508,14 @@ class Documents:
     def __init__(self, paths, tokenizer, seq_len, seed, cache, ranks):
         self.key = cache_tokens(paths, tokenizer, cache, ranks)
         folder = Path(cache) / self.key
-        self.ends = np.load(folder / "ends.npy", mmap_mode="r")
-        size = (folder / "tokens.bin").stat().st_size
-        if size != 4 * self.ends[-1]:
-            raise InputError(f"{folder}: expected {4 * self.ends[-1]} bytes of tokens, found "
-                             f"{size}; remove the folder")
+        try:
+            self.ends = np.load(folder / "ends.npy", mmap_mode="r")
+            size = (folder / "tokens.bin").stat().st_size
+            if size != 4 * self.ends[-1]:
+                raise ValueError(f"{4 * self.ends[-1]} bytes of tokens, {size} found")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: expected what we wrote there: {error}; remove the folder"
+                             ) from None
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self.num_rows = -(-len(self.tokens) // seq_len)
@@ -599,6 +620,10 @@ def main(argv):
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "
                          f"{ranks.world} ranks")
     tokenizer = load_tokenizer(config["model"])
+    vocabulary = load_config(config["model"])[1]["vocab_size"]
+    if len(tokenizer) > vocabulary:
+        raise InputError(f"{config['model']}: expected a vocab_size of at least the tokenizer's "
+                         f"{len(tokenizer)}, found {vocabulary}")
     options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
     data = load_data(config["data"], *options)
     val_data = Documents(find_files(config["val_data"]), *options) if config["val_data"] else None

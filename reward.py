@@ -264,7 +264,8 @@ def main(argv):
         template=LIMITS["template"]))
     if config["plan"]:
         print_plan(config, 2 * config["batch_pairs"] * config["max_len"],
-                   2 * config["micro_pairs"] * config["max_len"], config["max_len"])
+                   2 * config["micro_pairs"] * config["max_len"], config["max_len"],
+                   {"architectures": ["Qwen2ForSequenceClassification"]})
     elif config["responses"]:
         print_components(config)
     else:

@@ -72,7 +72,7 @@ def read_rows(path):
         for number, row in enumerate(read_any(path), 1):
             if row != b"":
                 yield f"{path}:{number}", row
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
         raise InputError(f"{path}: expected {kind}: {error}") from None
 
 
@@ -96,7 +96,7 @@ def read_any(path):
         for line in map(bytes.strip, file):
             try:
                 yield line and json.loads(line.decode())
-            except ValueError:
+            except (ValueError, RecursionError):  # brackets within brackets
                 yield line.decode(errors="replace")[:40]
 
 
