@@ -201,8 +201,12 @@ class Run:
         """Load the fp32 weights and moments that the run goes on from; collective."""
         if self.checkpoint is None:
             return
-        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-        dcp.load(state, checkpoint_id=self.checkpoint / "state", no_dist=self.ranks.world == 1)
+        state = state_of(model, optimizer)
+        try:
+            dcp.load(state, checkpoint_id=self.checkpoint / "state", no_dist=self.ranks.world == 1)
+        except CheckpointException as error:
+            raise InputError(f"{self.checkpoint}/state: cannot be read: {cause_of(error)}"
+                             ) from None
         set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         if self.is_main:
@@ -223,16 +227,14 @@ class Run:
                                  "the checkpoint before is intact")
             try:
                 save_folder(model, aside, dtype)
-                state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-                dcp.save(state, checkpoint_id=aside / "state", no_dist=self.ranks.world == 1)
+                dcp.save(state_of(model, optimizer), checkpoint_id=aside / "state",
+                         no_dist=self.ranks.world == 1)
             except (OSError, SafetensorError, CheckpointException) as error:
-                causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
                 free = shutil.disk_usage(self.folder).free  # torch's words may not say it
                 if self.is_main:
                     shutil.rmtree(aside, ignore_errors=True)
                 raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
-                                 f"{[*causes, error][0]}; the checkpoint before is intact"
-                                 ) from None
+                                 f"{cause_of(error)}; the checkpoint before is intact") from None
         if self.is_main:
             if aside.exists():
                 self.state["step"] = step
@@ -254,6 +256,18 @@ class Run:
         for folder in checkpoints[:-self.config["keep"]]:
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def state_of(model, optimizer):
+    """What state/ holds, by torch.distributed.checkpoint: this rank's share; collective."""
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+
+
+def cause_of(error):
+    """In words, the first rank's reason that a checkpoint failed."""
+    failures = getattr(error, "failures", {})
+    cause = next(iter(failures.values()))[0] if failures else error
+    return str(cause) or type(cause).__name__
 
 
 def sync_folder(folder):
