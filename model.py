@@ -615,10 +615,12 @@ def shard(model, ranks, offload=False):
 
     On CUDA parameters are fp32 masters, compute is bf16 and gradients are reduced in fp32;
     offload keeps all that is sharded in the CPU's memory."""
+    is_cuda = ranks.device.type == "cuda"
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = dict(mesh=dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,)),
-                   mp_policy=MixedPrecisionPolicy(**half if ranks.device.type == "cuda" else {}),
-                   offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy())
+                   mp_policy=MixedPrecisionPolicy(**half if is_cuda else {}),
+                   offload_policy=(CPUOffloadPolicy(pin_memory=is_cuda) if offload
+                                   else OffloadPolicy()))
     for block in model.model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)

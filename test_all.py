@@ -490,7 +490,8 @@ def test_arguments_get_the_types_of_the_defaults():
 
 def use_shards(ranks, folder, out, sequences):
     """All that a sharded model does, as one rank of several; sequences are dealt to the ranks."""
-    ours = load_model(folder, ranks.device, ranks=ranks, recompute="all_but_attention")
+    ours = load_model(folder, ranks.device, ranks=ranks, recompute="all_but_attention",
+                      offload=ranks.world == 4)
     plain = load_model(folder, ranks.device, seed=1)
     copy_weights(ours, plain)
     save_folder(ours, out, torch.float32, max_bytes=20_000)
