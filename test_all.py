@@ -1063,6 +1063,8 @@ def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
         with pytest.raises(InputError, match=f"{path}.*{words}|{path}{words}"):
             pretrain.load_data(str(path), load_tokenizer(policy), 16, 0, tmp_path / "k", ALONE)
     assert not [*(tmp_path / "k").iterdir()]
+    with pytest.raises(InputError, match="t.jsonl: No such file"):  # gone after it was found
+        documents_of(path, policy)
 
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}!{% endfor %}" \
