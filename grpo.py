@@ -586,7 +586,9 @@ def main(argv):
     trainer = Trainer(config, setup())
     run = trainer.run
     if run.step >= config["steps"]:
-        return run.is_main and print(f"{run.folder}: finished at step {run.step}")
+        if run.is_main:
+            print(f"{run.folder}: finished at step {run.step}")
+        return
     run.restore(trainer.model, trainer.optimizer)
     step = trainer.loop()
     if run.is_main:

@@ -243,7 +243,7 @@ class Run:
                 if target.exists():  # of a run that went on from an earlier one
                     shutil.rmtree(target)
                 os.replace(aside, target)
-            for link in ["best"] * is_best + ["latest"]:
+            for link in ["best", "latest"] if is_best else ["latest"]:
                 point_link(self.folder / link, target.name)
             self.prune()
         self.saved = step
@@ -345,7 +345,9 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
     config = run.config
     flops = tokens * flops_per_token(model.config, length)
     if run.step >= config["steps"]:
-        return run.is_main and print(f"{run.folder}: finished at step {run.step}")
+        if run.is_main:
+            print(f"{run.folder}: finished at step {run.step}")
+        return
     run.restore(model, optimizer)
     bar = tqdm(total=config["steps"], initial=run.step, disable=not run.is_main, unit="step")
     for step in range(run.step + 1, config["steps"] + 1):
@@ -456,8 +458,9 @@ def fill_tokens(paths, tokenizer, aside, batch):
             found = iter(tokenizer(texts, add_special_tokens=False,  # on all cores
                                    verbose=False)["input_ids"])
             for parts in documents:
-                pieces = [np.array(next(found), dtype=np.int32) ^ -(not is_trained)
-                          for _, is_trained in parts]
+                pieces = [np.array(next(found), dtype=np.int32) for _ in parts]
+                pieces = [tokens if is_trained else ~tokens
+                          for tokens, (_, is_trained) in zip(pieces, parts)]
                 np.concatenate([*pieces, end]).tofile(file)
                 ends.append(ends[-1] + sum(map(len, pieces)) + 1)
             bar.update(len(documents))
@@ -548,7 +551,7 @@ class Documents:
         targets = np.full(size, -1)
         targets[:len(stored) - 1] = np.maximum(stored[1:], -1)
         targets[ends - 1] = -1  # the next document's first token
-        tokens = stored[:size] ^ (stored[:size] >> 31)
+        tokens = np.where(stored < 0, ~stored, stored)[:size]
         return tokens, targets, np.diff([0, *ends[ends < size], size])
 
 
@@ -644,7 +647,7 @@ def main(argv):
     model = load_for_training(config, ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
-    content = [part.key for part in data.parts + [val_data] * bool(val_data)]
+    content = [part.key for part in data.parts] + ([val_data.key] if val_data else [])
     run, batch = Run(config | {"data_content": content}, ranks), config["batch_rows"]
 
     def accumulate(step):

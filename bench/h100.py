@@ -22,7 +22,6 @@ C hidden size, V vocabulary.
 import contextlib
 import gc
 import math
-import shutil
 import sys
 import time
 from functools import partial
@@ -143,8 +142,7 @@ def installed(package):
 def print_header(s, size):
     is_cuda = s.ranks.device.type == "cuda"
     name = torch.cuda.get_device_name() if is_cuda else f"CPU, {torch.get_num_threads()} threads"
-    commit = find_commit() if shutil.which("git") else "unknown"
-    print(f"## {size} on {name}\n\n`{' '.join(sys.argv)}`, commit {commit}\n")
+    print(f"## {size} on {name}\n\n`{' '.join(sys.argv)}`, commit {find_commit()}\n")
     print(f"torch {torch.__version__}, triton {installed('triton')}, "
           f"flash-attn {installed('flash-attn')}; {count_parameters(s.config):,} parameters; "
           f"copy {s.bandwidth / 1e9:,.0f} GB/s; {s.dtype}, references in {s.wide}", flush=True)
@@ -452,8 +450,9 @@ def main(argv):
     ranks = setup()
     narrow, wide = ((torch.bfloat16, torch.float32) if ranks.device.type == "cuda"
                     else (torch.float32, torch.float64))
-    s = Setting(make_config(*SIZES[size]), TINY_WORK if size in ("tiny", "small") else WORK, ranks, narrow,
-                wide, copy_bandwidth(ranks.device))
+    work = TINY_WORK if size in ("tiny", "small") else WORK
+    s = Setting(make_config(*SIZES[size]), work, ranks, narrow, wide,
+                copy_bandwidth(ranks.device))
     print_header(s, size)
     for part in parts:
         torch.manual_seed(0)
