@@ -134,7 +134,7 @@ class PeerWatch(threading.Thread):
 
     def stop(self):
         self.over.set()
-        self.join()
+        self.join(5)  # a thread inside the store at the interpreter's end aborts the process
 
 
 def is_alive(pid):
