@@ -204,15 +204,16 @@ def policy_loss(logprobs, sampled, advantages, weights, sequence, by_sequence, c
         sums = sums.index_add(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
         log_ratio = (sums[0] / sums[1].clamp(min=1))[sequence]
     ratio = log_ratio.exp()
-    gains = ratio.detach().clamp(max=ratio_cap) * advantages * logprobs
     if clip:
         low, high = clip
         gains = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    divergences = torch.zeros_like(ratio)
+    else:
+        gains = ratio.detach().clamp(max=ratio_cap) * advantages * logprobs
+    divergences = logprobs[:0]  # none without a reference
     if reference is not None:
         divergences = (reference - logprobs).exp() - (reference - logprobs) - 1
-    loss = -(weights * (gains - kl * divergences)).sum()
-    return loss, ratio.detach(), divergences.detach()
+        gains = gains - kl * divergences
+    return -(weights * gains).sum(), ratio.detach(), divergences.detach()
 
 
 class Sequence(NamedTuple):
@@ -280,10 +281,10 @@ def pack_tensors(sequences, device):
 def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, ratio_cap=2.0,
                         by_sequence=False, clip=None, reference=None, kl=0.0):
     """Backward over this rank's packs; (entropies, ratios, divergences) of its completion tokens.
-    reference: a model whose log-probs policy_loss gets, or None."""
-    sizes = [len(s.prompt) + len(s.completion) for s in sequences]
-    packs = make_packs(sizes, [size * flops_per_token(model.config, size) for size in sizes],
-                       ranks.world, micro_tokens)
+    reference: a model whose log-probs policy_loss gets, or None, and no divergences."""
+    sizes = np.array([len(s.prompt) + len(s.completion) for s in sequences])
+    packs = make_packs(sizes, sizes * flops_per_token(model.config, sizes), ranks.world,
+                       micro_tokens)
     found = [], [], []
     for pack in packs[ranks.rank::ranks.world]:
         tokens, cu_seqlens, targets, per_token = pack_tensors(
@@ -299,8 +300,8 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
         (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
         if pack:
             for values, new in zip(found, (entropy.detach()[is_target], *told)):
-                values += new.tolist()
-    return found
+                values.append(new)
+    return [torch.cat(values).tolist() if values else [] for values in found]
 
 
 # ---------------------------------------------------------------- what a step reports
