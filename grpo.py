@@ -189,6 +189,11 @@ def average_advantages(rewards, divide_by_std=True):
     return torch.stack(parts).mean(0)
 
 
+def is_dead(advantages_PG):
+    """(P,) whether a group teaches nothing."""
+    return (advantages_PG == 0).all(1)
+
+
 def policy_loss(logprobs, sampled, advantages, weights, sequence, by_sequence, clip, ratio_cap,
                 reference, kl):
     """(loss, ratios, divergences) over completion tokens (N,), whose weights hold all
@@ -430,7 +435,6 @@ class Trainer:
         self.judge = WritingModel(config["reward_model"], ranks) if config["reward_model"] else None
         self.rows, self.prompts = self.load_prompts("prompts")
         self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
-        self.clip = (config["clip_low"], config["clip_high"]) if config["updates"] > 1 else None
         self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
         self.run = Run(config, ranks)
         self.bar = tqdm(total=config["steps"], initial=self.run.step, unit="step",
@@ -470,28 +474,32 @@ class Trainer:
             save_samples(self.run.folder, step, *found, self.eval_rows)
         return eval_row(found[1], self.eval_rows)
 
+    def sample_groups(self, places, step):
+        """(prompts, completions, scores) of the prompts at these places, or None when a rank has
+        to stop."""
+        rows, prompts = ([part[place] for place in places] for part in (self.rows, self.prompts))
+        found = self.roll_out(rows, prompts, self.config["num_samples"], step, **{
+            key: self.config[key] for key in ("temperature", "top_p", "top_k")})
+        return found and (prompts, *found)
+
     def sample_batch(self, step):
-        """(prompts, completions, scores, rewards) of a step, or None when a rank has to stop.
-        Groups without any advantage give way to other prompts, up to `resample` times."""
-        config, batch = self.config, None
-        places = choose_prompts(len(self.rows), config["num_prompts"], step, config["seed"])
-        for attempt in range(1 + config["resample"]):
-            rows, prompts = ([part[place] for place in places]
-                             for part in (self.rows, self.prompts))
-            found = self.roll_out(rows, prompts, config["num_samples"],
-                                  (step, attempt) if attempt else step, **{
-                                      key: config[key]
-                                      for key in ("temperature", "top_p", "top_k")})
-            if found is None:
-                return None
-            batch = replace_groups(batch, dead, prompts, *found) if batch else (prompts, *found)
+        """As sample_groups, of a step; groups without any advantage give way to other prompts, up
+        to `resample` times."""
+        config = self.config
+        batch = self.sample_groups(choose_prompts(len(self.rows), config["num_prompts"], step,
+                                                  config["seed"]), step)
+        for attempt in range(config["resample"]):
+            if batch is None:
+                break
             rewards = reward_table(batch[2], config["num_samples"])
-            dead = (average_advantages(rewards) == 0).all(1).nonzero()[:, 0].tolist()
+            dead = is_dead(average_advantages(rewards)).nonzero()[:, 0].tolist()
             if not dead:
                 break
             places = np.random.default_rng([config["seed"], step, attempt]).integers(
                 len(self.rows), size=len(dead))
-        return *batch, rewards
+            others = self.sample_groups(places, (step, attempt + 1))
+            batch = others and replace_groups(batch, dead, *others)
+        return batch
 
     def update(self, step):
         """One step: the log row, or None when a rank has to stop before it."""
@@ -499,18 +507,21 @@ class Trainer:
         found = self.sample_batch(step)
         if found is None:
             return None
-        prompts, completions, scored, rewards = found
+        prompts, completions, scored = found
+        rewards = reward_table(scored, config["num_samples"])
         advantages = average_advantages(rewards, config["divide_by_std"])
         sampled = time.perf_counter()
         lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                            config["schedule"])
+        clip = (config["clip_low"], config["clip_high"]) if config["updates"] > 1 else None
         norms, told = [], [[], [], []]
         for share in range(config["updates"]):
             mine = [c for c in completions if c.prompt % config["updates"] == share]
             new = accumulate_gradient(
                 self.model, make_sequences(prompts, mine, advantages, config["loss_mean"]),
-                self.ranks, config["micro_tokens"], config["temperature"], config["ratio_cap"],
-                config["ratio"] == "sequence", self.clip, self.reference, config["kl"])
+                self.ranks, config["micro_tokens"], config["temperature"],
+                ratio_cap=config["ratio_cap"], by_sequence=config["ratio"] == "sequence",
+                clip=clip, reference=self.reference, kl=config["kl"])
             told = [values + more for values, more in zip(told, new)]
             norms.append(apply_gradient(self.model, self.optimizer, lr, config["clip"]))
         done = time.perf_counter()
@@ -521,7 +532,7 @@ class Trainer:
         row |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "seconds/sample": sampled - start,
                 "seconds/train": done - sampled, "tokens_per_second":
                     sum(len(c.tokens) for c in completions) / (done - start)}
-        dead = (advantages == 0).all(1).float().mean().item()
+        dead = is_dead(advantages).float().mean().item()
         self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead,
                                         config["max_bad_steps"])
         return row

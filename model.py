@@ -118,19 +118,21 @@ class PeerWatch(threading.Thread):
         peers = [self.store.get(f"process/{peer}").decode().split() for peer in range(self.world)]
         nearby = [int(pid) for host, pid in peers
                   if host == socket.gethostname() and is_alive(int(pid))]
-        try:
-            while all(map(is_alive, nearby)) and not self.store.check(["failures"]):
-                if self.over.wait(1):
-                    return
-            if self.over.wait(3):  # for ranks that end by themselves, and tell why
+        while self.is_well(nearby):
+            if self.over.wait(1):
                 return
-            if is_first_to_fail():
-                tqdm.write("error: a rank died without a word (killed, or out of memory?)",
-                           file=sys.stderr)
-        except RuntimeError:  # the rank that held the store is gone
-            if self.over.wait(3):
-                return
+        if self.over.wait(3):  # for ranks that end by themselves, and tell why
+            return
+        if is_first_to_fail():
+            tqdm.write("error: a rank died without a word (killed, or out of memory?)",
+                       file=sys.stderr)
         os._exit(1)
+
+    def is_well(self, nearby):
+        try:
+            return all(map(is_alive, nearby)) and not self.store.check(["failures"])
+        except RuntimeError:  # the rank that holds the store is gone
+            return False
 
     def stop(self):
         self.over.set()
@@ -690,14 +692,18 @@ def load_config(name, with_weights=False):
 def load_tokenizer(name):
     """The folder's tokenizer, by transformers; nothing of it is run as code."""
     from transformers import AutoTokenizer
-    folder = find_folder(name)
+    folder, config = load_config(name)
     if not any((folder / file).exists() for file in ("tokenizer.json", "vocab.json")):
         raise InputError(f"{name}: expected tokenizer.json or vocab.json, found neither")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: expected a tokenizer, found none: {reason}") from None
+    if len(tokenizer) > config["vocab_size"]:
+        raise InputError(f"{name}: expected a vocab_size of at least the tokenizer's "
+                         f"{len(tokenizer)}, found {config['vocab_size']}")
+    return tokenizer
 
 
 def open_tensors(folder):
@@ -764,23 +770,32 @@ def init_weights(model, seed):
             fill(parameter, torch.full(parameter.shape, float("norm" in name)))
 
 
-def load_model(name, device, dtype=torch.float32, ranks=None, config=None, recompute="none",
-               compile=False, offload=False, new=(), seed=None):
-    """A model from a folder; with ranks it is sharded over them, built without ever being whole.
+def build_model(config, device, dtype=torch.float32, ranks=None, recompute="none", compile=False,
+                offload=False):
+    """A model without values yet; with ranks it is sharded over them, and was never whole.
 
-    config replaces the folder's (a score head on a language model, say) and new names the
-    parameters that the folder does not have; with a seed all weights are random. compile: each
-    block by torch.compile, once for all; recompute: as Block says; offload: as shard says."""
-    folder, found = load_config(name, with_weights=seed is None)
+    recompute: as Block says; compile: each block by torch.compile, once for all; offload: as
+    shard says."""
     with torch.device("meta"):
-        model = Qwen2(config or found, recompute).to(dtype)
+        model = Qwen2(config, recompute).to(dtype)
     if ranks is not None:
         shard(model, ranks, offload)
     if compile:
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)
     model.to_empty(device="cpu" if offload else device)
-    model.frequencies = rope_frequencies(model.config)[0].to(device)
+    model.frequencies = rope_frequencies(config)[0].to(device)
+    return model
+
+
+def load_model(name, device, dtype=torch.float32, ranks=None, config=None, new=(), seed=None,
+               **options):
+    """A model from a folder, built as build_model does with these options.
+
+    config replaces the folder's (a score head on a language model, say) and new names the
+    parameters that the folder does not have; with a seed all weights are random."""
+    folder, found = load_config(name, with_weights=seed is None)
+    model = build_model(config or found, device, dtype, ranks, **options)
     if seed is None:
         load_weights(model, folder, new)
     else:

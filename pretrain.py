@@ -322,7 +322,7 @@ def print_plan(config, tokens, pack_tokens, length, changes={}, **more):
     if os.environ.get("RANK", "0") != "0":
         return
     kinds = training_plan(found, gpus, pack_tokens, config["recompute"] or "all_but_attention")
-    states = next(iter(kinds))
+    states = next(iter(kinds))  # all that is sharded
     moved = {f"{states}: on the CPU": kinds.pop(states)} if config["offload"] else {}
     kinds |= more
     flops = tokens * flops_per_token(found, length)
@@ -637,10 +637,6 @@ def main(argv):
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "
                          f"{ranks.world} ranks")
     tokenizer = load_tokenizer(config["model"])
-    vocabulary = load_config(config["model"])[1]["vocab_size"]
-    if len(tokenizer) > vocabulary:
-        raise InputError(f"{config['model']}: expected a vocab_size of at least the tokenizer's "
-                         f"{len(tokenizer)}, found {vocabulary}")
     options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
     data = load_data(config["data"], *options)
     val_data = Documents(find_files(config["val_data"]), *options) if config["val_data"] else None

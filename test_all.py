@@ -1681,8 +1681,8 @@ def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
     """A batch whose samples, scores and prompts no longer belong together; the same noise again
     for other prompts; updates that see only some of the prompts."""
     seen, tried, honest = [], [], grpo.accumulate_gradient
-    monkeypatch.setattr(grpo, "accumulate_gradient", lambda model, sequences, *rest: seen.append(
-        sequences) or honest(model, sequences, *rest))
+    monkeypatch.setattr(grpo, "accumulate_gradient", lambda model, sequences, *rest, **options:
+                        seen.append(sequences) or honest(model, sequences, *rest, **options))
 
     def equal_at_first(completions, rows, tokenizer, *rest):  # the first group of the first try
         tried.append([row["id"] for row in rows])

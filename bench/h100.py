@@ -37,10 +37,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import model
-from model import (ChunkedLogProbs, InputError, Qwen2, Ranks, Span, count_multiplied,
-                   count_parameters, find_commit, flops_per_token, head_size, parse_config,
-                   rope_frequencies, script, setup, shard, training_plan)
-from pretrain import apply_gradient, make_optimizer
+from model import (ChunkedLogProbs, InputError, Ranks, Span, build_model, count_multiplied,
+                   count_parameters, find_commit, flops_per_token, head_size, parse_config, script,
+                   setup, training_plan)
+from pretrain import H100_FLOPS, apply_gradient, make_optimizer
 from sample import LOOK_EVERY, generate, sample_tokens
 
 CONFIG = dict(
@@ -62,7 +62,6 @@ TINY_WORK = dict(tokens=2048, seq_len=512, prompt=16, new_tokens=32, keys=256,
 ROWS = (16, 32, 64, 128)          # that decode together
 RAGGED = (1, 7, 130, 257, 1000)   # lengths at which attention is compared
 CHECK_TOKENS = 1500               # at which heads are compared: more than a chunk
-PEAK_FLOPS = 989e12               # H100 SXM, bf16 dense
 
 
 class Setting(NamedTuple):
@@ -158,16 +157,9 @@ def make_config(hidden, layers, heads, kv_heads, ffn, vocab, tied):
 
 
 @torch.no_grad()
-def make_model(config, device, dtype, ranks=None, recompute="none", is_compiled=False):
-    """As load_model, with random weights made on the device; sharded if ranks are given."""
-    with torch.device("meta"):
-        network = Qwen2(config, recompute).to(dtype)
-    if ranks is not None:
-        shard(network, ranks)
-    for block in network.model.layers if is_compiled else ():
-        block.forward = torch.compile(block.forward)
-    network.to_empty(device=device)
-    network.frequencies = rope_frequencies(config)[0].to(device)
+def make_model(config, device, dtype, **options):
+    """As load_model, with random weights made on the device."""
+    network = build_model(config, device, dtype, **options)
     for name, parameter in network.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.normal_(0, 0.02) if parameter.dim() > 1 else local.fill_(float("norm" in name))
@@ -411,15 +403,15 @@ def train_row(s, T, recompute, is_compiled):
     products = product_seconds(s, T, recompute)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    network = make_model(s.config, device, torch.float32, s.ranks if is_cuda else None, recompute,
-                         is_compiled)
+    network = make_model(s.config, device, torch.float32, ranks=s.ranks if is_cuda else None,
+                         recompute=recompute, compile=is_compiled)
     tokens = s.draw_tokens(T)
     step = partial(train_step, network, make_optimizer(network, 0.1, 0.95), tokens,
                    torch.tensor([0, T], dtype=torch.int32, device=device),
                    torch.cat([tokens[1:], tokens[:1] * 0 - 1]))
     seconds = time_calls(step, repeats=3)
     peak = peak_bytes()
-    mfu = T * flops_per_token(s.config, T) / seconds / PEAK_FLOPS
+    mfu = T * flops_per_token(s.config, T) / seconds / H100_FLOPS
     return [s.config["num_hidden_layers"], f"{seconds:.3f}", f"{T / seconds:,.0f}",
             f"{products / seconds:.1%}", f"{mfu:.1%}" if is_cuda else "-", gigabytes(peak),
             gigabytes(planned), f"{peak / planned:.2f}" if is_cuda else "-"]
