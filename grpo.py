@@ -21,6 +21,7 @@ Where the paper (arXiv:2506.18841) is silent or differs:
 """
 import json
 import math
+import os
 import sys
 import textwrap
 import time
@@ -30,9 +31,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (InputError, copy_weights, count_parameters, flops_per_token, load_config,
-                   load_for_sampling, load_for_training, load_tokenizer, parse_config,
-                   sampling_plan, script, setup)
+from model import (InputError, copy_weights, count_parameters, flops_per_token, join_share,
+                   load_config, load_for_sampling, load_for_training, load_tokenizer,
+                   parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
 from reward import WritingModel, rule_rewards
@@ -67,12 +68,17 @@ CONFIG = dict(
     kl=0.0,                        # weight of the divergence from the model of the start
     resample=0,                    # times that groups of equal rewards give way to other prompts
     micro_tokens=8192,             # tokens a forward pass, on each rank
-    slots=64,                      # sequences that a rank decodes together
+    slots=64,                      # sequences that decode together; 0: as many as a GPU holds
+    sample_tp=1,                   # ranks that share one copy of the sampling weights
     **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
 )
 COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
 EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1
+PROMPT_TOKENS = 512         # that a slot's cache has room for in a plan
+DECODE_ROOM = 3 * 10 ** 9   # bytes beside the cache: activations, logits, CUDA graphs
+PLAN_MEMORY = 80 * 10 ** 9  # of an H100
+PLAN_BANDWIDTH = 0.8 * 3.0e12  # bytes a second: the part that we aim at of what an H100 copies
 ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
 PANELS = {"length reward": ["reward/length", "eval/length"],
           "format reward": ["reward/format", "eval/format"],
@@ -105,10 +111,6 @@ def choose_prompts(num_rows, num_prompts, step, seed):
 
 # ---------------------------------------------------------------- roll out and score
 
-class Abandoned(Exception):
-    """The run has to stop in the middle of a rollout."""
-
-
 def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots, **options):
     """All ranks' completions in order of prompt and sample; None when a rank has to stop."""
     longest_first = sorted(range(len(rows)), key=lambda p: -rows[p]["length"][1])
@@ -117,24 +119,20 @@ def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots,
 
     def on_look(engine):
         nonlocal shown
-        if run.wants_stop():
-            raise Abandoned
         if time.time() - shown > 0.5:
             shown = time.time()
-            bar.set_description_str(f"sampling, {len(engine.running())} running")
+            bar.set_description_str(f"sampling {engine.progress()}")
+        return run.wants_stop()
 
     run.rollouts += 1
-    work = deal(jobs, ranks, max(slots, MIN_ROWS), f"rollout/{run.rollouts}")
-    completions = []
-    try:
-        completions += generate(sampler, prompts, work, stops, slots=slots, on_look=on_look,
-                                **options)
-    except Abandoned:
-        pass
+    work = deal(jobs, ranks, max(slots, MIN_ROWS), f"rollout/{run.rollouts}", sampler.share)
+    completions = list(generate(sampler, prompts, work, stops, slots=slots, on_look=on_look,
+                                **options))
     bar.set_description_str("")
-    if run.ranks.any(run.wants_stop()):  # ranks meet at the store before any collective
+    if run.ranks.any(run.wants_stop()):
         return None
-    return sorted(ranks.gather(completions), key=lambda c: (c.prompt, c.sample))
+    mine = [] if sampler.share.rank else completions  # ranks that share a model have the same
+    return sorted(ranks.gather(mine), key=lambda c: (c.prompt, c.sample))
 
 
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
@@ -265,10 +263,11 @@ def make_packs(sizes, costs, world, micro_tokens):
         num_packs += world
 
 
-def pack_tensors(sequences, device):
+def pack_tensors(sequences, device, fill=0):
     """One forward pass's tokens, cu_seqlens and targets, and per target: sampled log-probs,
     advantages, weights, and the sequence it is of. The last token of a sequence predicts nothing
-    and is left out."""
+    and is left out. Up to `fill` tokens a last sequence without targets makes one shape of all
+    packs."""
     empty = [Sequence([0], [0], [0.0], 0.0, 0.0)]  # a rank without work takes part all the same
     tokens, targets, cu_seqlens, per_token = [], [], [0], []
     for place, s in enumerate(sequences or empty):
@@ -276,6 +275,10 @@ def pack_tensors(sequences, device):
         targets += [-1] * (len(s.prompt) - 1) + s.completion
         cu_seqlens.append(len(tokens))
         per_token += [(logprob, s.advantage, s.weight, place) for logprob in s.logprobs]
+    if (missing := fill - len(tokens)) > 0:
+        tokens += [0] * missing
+        targets += [-1] * missing
+        cu_seqlens.append(fill)
     sampled, advantages, weights, sequence = torch.tensor(per_token, device=device).T
     return (torch.tensor(tokens, device=device),
             torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
@@ -285,15 +288,16 @@ def pack_tensors(sequences, device):
 
 def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, ratio_cap=2.0,
                         by_sequence=False, clip=None, reference=None, kl=0.0):
-    """Backward over this rank's packs; (entropies, ratios, divergences) of its completion tokens.
-    reference: a model whose log-probs policy_loss gets, or None, and no divergences."""
+    """Backward over this rank's packs; arrays (entropies, ratios, divergences) of its completion
+    tokens. reference: a model whose log-probs policy_loss gets, or None, and no divergences."""
     sizes = np.array([len(s.prompt) + len(s.completion) for s in sequences])
     packs = make_packs(sizes, sizes * flops_per_token(model.config, sizes), ranks.world,
                        micro_tokens)
     found = [], [], []
+    fill = micro_tokens if ranks.device.type == "cuda" else 0  # one shape: nothing recompiles
     for pack in packs[ranks.rank::ranks.world]:
         tokens, cu_seqlens, targets, per_token = pack_tensors(
-            [sequences[place] for place in pack], ranks.device)
+            [sequences[place] for place in pack], ranks.device, fill)
         is_target, start = targets >= 0, None
         if reference is not None:
             with torch.no_grad():
@@ -306,7 +310,7 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
         if pack:
             for values, new in zip(found, (entropy.detach()[is_target], *told)):
                 values.append(new)
-    return [torch.cat(values).tolist() if values else [] for values in found]
+    return [torch.cat(values or [torch.zeros(0)]).cpu().numpy() for values in found]
 
 
 # ---------------------------------------------------------------- what a step reports
@@ -335,14 +339,13 @@ def step_row(step, completions, scored, rewards, entropies, ratios):
     """The log row of update `step`, but for the times and the gradient."""
     row = {"step": step}
     row |= {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
-    ratios = np.array(ratios)
     finished = [len(c.tokens) for c in completions if c.finish == "stop"]
     row |= {"words": mean_of(scored, "words"),
             "tokens": sum(len(c.tokens) for c in completions) / len(completions),
             "tokens/finished": sum(finished) / max(1, len(finished)),
             "truncated": sum(c.finish == "length" for c in completions) / len(completions),
             "repetition": mean_of(scored, "repetition"),
-            "entropy": sum(entropies) / len(entropies),
+            "entropy": float(entropies.mean()),
             "ratio/mean": float(ratios.mean()), "ratio/p99": float(np.quantile(ratios, 0.99)),
             "ratio/outside": float(((ratios < 0.9) | (ratios > 1.1)).mean())}
     return row | {f"zero_std/{name}": (rewards[name].std(1, correction=0) == 0).float().mean()
@@ -415,6 +418,33 @@ def alarm(counts, row, dead_groups, max_bad_steps):
     return ""
 
 
+def sampler_plan(config, gpus):
+    """({kind: bytes} that a GPU holds beside the trained model, bytes of a completion's cache)."""
+    held = sampling_plan(load_config(config["model"])[1], config["sample_tp"],
+                         config["max_tokens"] + PROMPT_TOKENS)
+    each = held.pop("cache of one completion")
+    if config["reward_model"]:
+        held["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1]) // gpus
+    return held, each
+
+
+def count_slots(config, gpus, memory):
+    """Completions that decode together in what the rest leaves of a GPU's memory (bytes)."""
+    held, each = sampler_plan(config, gpus)
+    trained = 16 * count_parameters(load_config(config["model"])[1]) // gpus
+    slots = int((0.9 * memory - trained - sum(held.values()) - DECODE_ROOM) // each)
+    if slots < 1:
+        raise InputError(f"slots=0: expected room for a completion of {config['max_tokens']} "
+                         f"tokens, found {slots * each:,} bytes")
+    return slots
+
+
+def fit_slots(config, ranks):
+    if ranks.device.type != "cuda":
+        raise InputError("slots=0: expected at least 1 without a GPU")
+    return count_slots(config, ranks.world, torch.cuda.mem_get_info()[1])
+
+
 class Trainer:
     """What the loop's two verbs, evaluate and update, need: models, prompts, the run."""
 
@@ -424,9 +454,12 @@ class Trainer:
         self.model = load_for_training(config, ranks)
         self.model.num_tokens = min(self.model.num_tokens, len(self.tokenizer))
         self.sampler = self.model  # one copy of the weights serves both on one CPU process
+        share = join_share(ranks, config["sample_tp"])
         if ranks.world > 1 or ranks.device.type == "cuda":
-            self.sampler = load_for_sampling(config["model"], ranks)
+            self.sampler = load_for_sampling(config["model"], ranks, share)
             self.sampler.num_tokens = self.model.num_tokens
+        self.slots = config["slots"] or fit_slots(config, ranks)
+        self.sync = {}  # what the last bringing of weights took
         self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)
         self.reference = None
         if config["kl"]:
@@ -452,14 +485,32 @@ class Trainer:
                                     self.model.config["max_position_embeddings"],
                                     config["max_tokens"])
 
+    def bring_weights(self):
+        """Fill the sampler from the trained shards; notes the seconds, and on CUDA the peak of
+        what it took, for the log."""
+        if self.sampler is self.model:
+            return
+        is_cuda, start = self.ranks.device.type == "cuda", time.perf_counter()
+        self.ranks.any(False)
+        if is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        copy_weights(self.model, self.sampler)
+        if is_cuda:
+            torch.cuda.synchronize()
+            self.sync["gigabytes/sync"] = (torch.cuda.max_memory_allocated() - held) / 1e9
+        self.sync["seconds/sync"] = time.perf_counter() - start
+
     def roll_out(self, rows, prompts, num_samples, step, **sampling):
         """(completions, their scores), or None when a rank has to stop."""
         config = self.config
-        if self.sampler is not self.model:
-            copy_weights(self.model, self.sampler)
+        self.bring_weights()
         completions = roll_out(self.sampler, prompts, rows, self.stops, self.ranks, self.run,
-                               self.bar, num_samples, config["slots"], seed=config["seed"],
+                               self.bar, num_samples, self.slots, seed=config["seed"],
                                max_tokens=config["max_tokens"], step=step, **sampling)
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache's memory is training's now
         return completions and (completions, score(
             completions, rows, self.tokenizer, self.judge, self.ranks, config["template"],
             config["length_max"]))
@@ -514,23 +565,23 @@ class Trainer:
         lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                            config["schedule"])
         clip = (config["clip_low"], config["clip_high"]) if config["updates"] > 1 else None
-        norms, told = [], [[], [], []]
+        norms, told = [], []
         for share in range(config["updates"]):
             mine = [c for c in completions if c.prompt % config["updates"] == share]
-            new = accumulate_gradient(
+            told.append(accumulate_gradient(
                 self.model, make_sequences(prompts, mine, advantages, config["loss_mean"]),
                 self.ranks, config["micro_tokens"], config["temperature"],
                 ratio_cap=config["ratio_cap"], by_sequence=config["ratio"] == "sequence",
-                clip=clip, reference=self.reference, kl=config["kl"])
-            told = [values + more for values, more in zip(told, new)]
+                clip=clip, reference=self.reference, kl=config["kl"]))
             norms.append(apply_gradient(self.model, self.optimizer, lr, config["clip"]))
         done = time.perf_counter()
-        *told, divergences = map(self.ranks.gather, told)
+        *told, divergences = (np.concatenate(self.ranks.gather(list(values)))
+                              for values in zip(*told))
         row = step_row(step, completions, scored, rewards, *told)
         if self.reference is not None:
-            row["kl"] = sum(divergences) / len(divergences)
-        row |= {"grad_norm": sum(norms) / len(norms), "lr": lr, "seconds/sample": sampled - start,
-                "seconds/train": done - sampled, "tokens_per_second":
+            row["kl"] = float(divergences.mean())
+        row |= self.sync | {"grad_norm": sum(norms) / len(norms), "lr": lr,
+                "seconds/sample": sampled - start, "seconds/train": done - sampled, "tokens_per_second":
                     sum(len(c.tokens) for c in completions) / (done - start)}
         dead = is_dead(advantages).float().mean().item()
         self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead,
@@ -575,13 +626,16 @@ class Trainer:
 
 def plan(config):
     """Print what a run needs: every completion as long as it may be, as many as slots at once."""
-    length, (_, found) = config["max_tokens"], load_config(config["model"])
-    sampler = sampling_plan(found, 1, length)
-    sampler["cache of all slots"] = config["slots"] * sampler.pop("cache of one completion")
-    if config["reward_model"]:
-        sampler["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1])
-    print_plan(config, config["num_prompts"] * config["num_samples"] * length,
-               max(length, config["micro_tokens"]), length, **sampler)
+    gpus, length = int(os.environ.get("WORLD_SIZE", 1)), config["max_tokens"]
+    count = config["num_prompts"] * config["num_samples"]
+    held, each = sampler_plan(config, gpus)
+    slots = config["slots"] or count_slots(config, gpus, PLAN_MEMORY)
+    waves = -(-count // (slots * gpus // config["sample_tp"]))
+    read = held["sampling weights"] + slots * each / 2  # half full on average
+    print_plan(config, count * length, max(length, config["micro_tokens"]), length, held=held,
+               sampling={f"cache of {slots} slots": slots * each},
+               seconds={f"seconds of sampling at {PLAN_BANDWIDTH / 1e12:.1f} TB/s, waves: {waves}":
+                        f"{waves * length * read / PLAN_BANDWIDTH:,.1f}"})
 
 
 @script
@@ -589,7 +643,7 @@ def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
         micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1), clip_high=0,
-        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0))
+        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0, slots=0))
     if config["num_prompts"] < config["updates"]:
         raise InputError(f"updates={config['updates']}: expected at most num_prompts="
                          f"{config['num_prompts']}")

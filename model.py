@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ CONFIG = dict(
     max_tokens=14_000,   # prompt and completion: of a pack in training, of a cache in sampling
 )
 WATCHES = []  # of this process: one while there is a process group
+SHARE_SECONDS = 300  # a collective among ranks that sample together takes milliseconds
 HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
 
 
@@ -79,7 +81,9 @@ def script(main):
             if is_first_to_fail():
                 tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
-        except Exception:
+        except Exception as error:
+            if WATCHES and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                WATCHES[-1].join(8)  # if a peer has died the watch says so, and ends this process
             if not dist.is_initialized() or is_first_to_fail():
                 raise
             sys.exit(1)  # most likely because of the one that has told
@@ -203,26 +207,31 @@ class Ranks(NamedTuple):
     store: object
 
     def gather(self, items):
-        """The items (a list) of all ranks in the order of ranks; collective."""
+        """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
         if self.world == 1:
             return items
+        self.any(False)
         parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def any(self, flag):
-        """Whether any rank says so. All meet at the store, however long the slowest takes, so a
+        """Whether any rank says so. All ranks meet at the store, however long the slowest takes, so a
         collective after it starts with all ranks there."""
         if self.world == 1:
             return flag
         meeting = self.store.add(f"meetings/{self.rank}", 1)
         self.store.set(f"meeting {meeting}/{self.rank}", str(int(flag)))
-        keys = [f"meeting {meeting}/{rank}" for rank in range(self.world)]
+        said = self.wait_for([f"meeting {meeting}/{rank}" for rank in range(self.world)])
+        return b"1" in said
+
+    def wait_for(self, keys):
+        """What the store holds under keys, once it is there; signals are heard meanwhile."""
         pause = 1e-3
-        while not self.store.check(keys):  # unlike in wait, signals are heard
+        while not self.store.check(keys):
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        return any(self.store.get(key) == b"1" for key in keys)
+        return [self.store.get(key) for key in keys]
 
 
 def setup():
@@ -393,6 +402,46 @@ def torch_varlen(q, k, v, span):
                        window_size=(-1, 0), **GROUPED)  # no look ahead: causal
 
 
+class Share(NamedTuple):
+    """A rank's place among the `size` ranks that hold one sampler together, each a slice of every
+    matrix: tensor parallelism, arXiv:1909.08053."""
+    rank: int
+    size: int
+    group: object
+
+    def sum(self, x):
+        """x summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def stack(self, x):
+        """x of each rank, (size, *x.shape)."""
+        parts = x.new_zeros(self.size, *x.shape)
+        parts[self.rank] = x
+        return self.sum(parts)
+
+    def any(self, flag):
+        """Whether any of the ranks says so."""
+        return bool(self.sum(torch.tensor(int(flag))))
+
+
+WHOLE = Share(0, 1, None)
+
+
+def split_config(config, share):
+    """The config of a rank's slices: some of the heads, of the MLP, and of the vocabulary."""
+    local = {"head_dim": head_size(config)}
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if config[key] % share.size:
+            raise InputError(f"sample_tp={share.size}: expected a divisor of the model's {key}, "
+                             f"{config[key]}")
+        local[key] = config[key] // share.size
+    rows = -(-config["vocab_size"] // share.size)
+    local["vocab_size"] = len(range(config["vocab_size"])[share.rank * rows:][:rows])
+    return config | local
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -553,13 +602,16 @@ class Backbone(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Qwen2 with a language head, or a score head where the config's architecture says so."""
+    """Qwen2 with a language head, or a score head where the config's architecture says so; with
+    a share of several ranks, this rank's slices of it."""
 
-    def __init__(self, config, recompute="none"):
+    def __init__(self, config, recompute="none", share=WHOLE):
         super().__init__()
-        self.config = config
-        self.model = Backbone(config, recompute)
+        self.config, self.share = config, share
         self.num_tokens = config["vocab_size"]  # rows from here on have no probability at all
+        self.first_token = share.rank * -(-config["vocab_size"] // share.size)  # of its rows
+        config = split_config(config, share)
+        self.model = Backbone(config, recompute)
         if is_scorer(config):
             self.score = nn.Linear(config["hidden_size"], 1, bias=False)
         elif not config.get("tie_word_embeddings"):
@@ -572,7 +624,8 @@ class Qwen2(nn.Module):
 
         targets (N,), -1 where there is none: log-probs and entropies (N,) of the next-token
         distribution at this temperature, 0 where there is no target;
-        no targets: next-token logits after each sequence (S, V); a score head: scores (S,).
+        no targets: next-token logits after each sequence (S, V), of a share its columns; a score
+        head: scores (S,).
         cache: sequence s goes on from what slot cache.at[s] holds; its length is the caller's to
         advance."""
         N, S = len(tokens), len(cu_seqlens) - 1
@@ -598,7 +651,7 @@ class Qwen2(nn.Module):
             return self.score(x)[:, 0].float()
         # The head's weight is used inside the root's forward, where FSDP has gathered it.
         head = self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens
-        weight = head.weight[:self.num_tokens]
+        weight = head.weight[:max(0, self.num_tokens - self.first_token)]
         if targets is None:
             return x @ weight.T
         rows = (targets >= 0).nonzero()[:, 0]
@@ -611,6 +664,46 @@ def is_scorer(config):
 
 
 # ---------------------------------------------------------------- sharding
+
+def join_share(ranks, size):
+    """This rank's Share, of `size` neighbouring ranks on one machine."""
+    for count, kind in ((ranks.world, "ranks"),
+                        (int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), "ranks of a node")):
+        if count % size:
+            raise InputError(f"sample_tp={size}: expected a divisor of the {count} {kind}")
+    if size == 1:
+        return WHOLE
+    group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=SHARE_SECONDS))
+    return Share(ranks.rank % size, size, group)
+
+
+def split(model):
+    """Let the slices of a model's share compute together: sums where a product's inner size is
+    split, and a token's embedding from the rank that has its row. In place."""
+    share, table = model.share, model.model.embed_tokens
+
+    def look_up(tokens):
+        row = tokens - model.first_token
+        is_here = (row >= 0) & (row < len(table.weight))
+        return share.sum(F.embedding(row * is_here, table.weight) * is_here[:, None])
+
+    table.forward = look_up
+    for block in model.model.layers:
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            linear.register_forward_hook(lambda linear, inputs, output: share.sum(output))
+
+
+def part_of(model, name, whole):
+    """A model's own part of a parameter: of a tensor, or of a lazily read slice of a file."""
+    if model.share.size == 1 or "norm" in name:
+        return whole[:]
+    shape = model.get_parameter(name).shape
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return whole[:, model.share.rank * shape[1]:(model.share.rank + 1) * shape[1]]
+    is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
+    start = model.first_token if is_table else model.share.rank * shape[0]
+    return whole[start:start + shape[0]]
+
 
 def shard(model, ranks, offload=False):
     """FSDP2: one group per block, the rest (with a tied head) in the root's. In place.
@@ -628,21 +721,23 @@ def shard(model, ranks, offload=False):
     return fully_shard(model, **options)
 
 
-def full_parameters(model):
-    """(name, whole tensor) of every parameter; collective over the ranks where it is sharded."""
+def full_parameters(model, dtype=None):
+    """(name, whole tensor) of every parameter, in its own dtype or in this one; collective over
+    the ranks where it is sharded."""
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass without a backward the root is still gathered
     for name, parameter in model.named_parameters():
-        whole = parameter.detach()
+        whole = parameter.detach().to(dtype or parameter.dtype)
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 @torch.no_grad()
 def copy_weights(source, target):
-    """Copy a (sharded) model into a plain one, a parameter at a time; collective."""
+    """Copy a (sharded) model into a plain one or into a rank's slices of one, a parameter at a
+    time; collective."""
     parameters = dict(target.named_parameters())
-    for name, whole in full_parameters(source):
-        parameters[name].copy_(whole)
+    for name, whole in full_parameters(source, target.model.norm.weight.dtype):
+        parameters[name].copy_(part_of(target, name, whole))
 
 
 # ---------------------------------------------------------------- folders
@@ -728,7 +823,7 @@ def open_tensors(folder):
 
 @torch.no_grad()
 def fill(parameter, rows):
-    """Copy rows (a tensor or a lazily read slice) into a parameter, or this rank's share of it."""
+    """Copy rows (a tensor or a lazily read slice) into a parameter, or into this rank's shard."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(rows[:])
         return
@@ -742,18 +837,22 @@ def load_weights(model, folder, new=()):
     """Fill a model strictly from a folder; names in `new` start at zero instead."""
     tensors = open_tensors(folder)
     parameters = dict(model.named_parameters())
+    with torch.device("meta"):
+        shapes = {name: list(x.shape) for name, x in Qwen2(model.config).named_parameters()}
     unread = {"lm_head.weight", "score.weight"} - set(parameters)  # of tied or replaced heads
     for name in sorted(set(tensors) - set(parameters) - unread):
         if not name.endswith("rotary_emb.inv_freq"):
             raise InputError(f"{folder}: found tensor {name}, which its config does not have")
     for name, parameter in parameters.items():
-        expected = list(parameter.shape)
+        expected = shapes[name]
         if name in new:
             fill(parameter, torch.zeros(expected))
         elif name not in tensors:
             raise InputError(f"{folder}: expected tensor {name}, found none")
         elif (found := list(tensors[name].get_shape())) != expected:
             raise InputError(f"{folder}: tensor {name}: expected shape {expected}, found {found}")
+        elif model.share.size > 1:
+            fill(parameter, part_of(model, name, tensors[name]))
         else:
             fill(parameter, tensors[name])
 
@@ -770,14 +869,17 @@ def init_weights(model, seed):
             fill(parameter, torch.full(parameter.shape, float("norm" in name)))
 
 
-def build_model(config, device, dtype=torch.float32, ranks=None, recompute="none", compile=False,
-                offload=False):
-    """A model without values yet; with ranks it is sharded over them, and was never whole.
+def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, recompute="none",
+                compile=False, offload=False):
+    """A model without values yet; with ranks it is sharded over them, with a share it is this
+    rank's slices, and was never whole.
 
     recompute: as Block says; compile: each block by torch.compile, once for all; offload: as
     shard says."""
     with torch.device("meta"):
-        model = Qwen2(config, recompute).to(dtype)
+        model = Qwen2(config, recompute, share).to(dtype)
+    if share.size > 1:
+        split(model)
     if ranks is not None:
         shard(model, ranks, offload)
     if compile:
@@ -815,10 +917,10 @@ def load_for_training(keys, ranks, **options):
                       **options)
 
 
-def load_for_sampling(name, ranks):
-    """A plain copy: bf16 on CUDA, fp32 on the CPU."""
+def load_for_sampling(name, ranks, share=WHOLE):
+    """A plain copy, or a rank's slices of one: bf16 on CUDA, fp32 on the CPU."""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return load_model(name, ranks.device, dtype)
+    return load_model(name, ranks.device, dtype, share=share)
 
 
 def save_folder(model, folder, dtype, max_bytes=5_000_000_000):

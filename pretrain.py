@@ -314,24 +314,29 @@ def draw_curves(folder, panels):
     plt.close(figure)
 
 
-def print_plan(config, tokens, pack_tokens, length, changes={}, **more):
+def print_plan(config, tokens, pack_tokens, length, changes={}, held={}, sampling={}, seconds={}):
     """What a training run needs, and nothing started. tokens: of a step over all GPUs, in
     sequences of this length; pack_tokens: of a forward pass; changes: to the folder's config;
-    more: other {kind: bytes}."""
+    held: {kind: bytes} besides; sampling: those that are there while nothing is trained; seconds:
+    {what: seconds} of a step besides."""
     gpus, found = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])[1] | changes
     if os.environ.get("RANK", "0") != "0":
         return
     kinds = training_plan(found, gpus, pack_tokens, config["recompute"] or "all_but_attention")
     states = next(iter(kinds))  # all that is sharded
-    moved = {f"{states}: on the CPU": kinds.pop(states)} if config["offload"] else {}
-    kinds |= more
+    held = {states: kinds.pop(states)} | held
+    moved = {f"{states}: on the CPU": held.pop(states)} if config["offload"] else {}
+    both = {"together": sum((held | kinds).values())}
+    if sampling:
+        both = {"together, training": both["together"],
+                "together, sampling": sum((held | sampling).values())}
     flops = tokens * flops_per_token(found, length)
     print(f"{config['model']} on {gpus} GPUs; bytes on each")
-    print_table(kinds | {"together": sum(kinds.values())} | moved)
+    print_table(held | kinds | sampling | both | moved)
     print("each step")
     print_table({"parameters": count_parameters(found), "tokens": tokens,
                  "FLOPs": f"{flops:.3g}", f"seconds at {PLAN_MFU:.0%} of an H100's 989 TFLOP/s":
-                 f"{flops / (gpus * PLAN_MFU * H100_FLOPS):,.1f}",
+                 f"{flops / (gpus * PLAN_MFU * H100_FLOPS):,.1f}"} | seconds | {
                  "tokens of the run": tokens * config["steps"],
                  "steps for a billion tokens": -(-10 ** 9 // tokens)})
 

@@ -2,7 +2,7 @@
 
     python sample.py prompt="Write about the baker in the harbor in 60 words."
     python sample.py model=FOLDER prompts=rows.jsonl out=out/answers num_samples=4
-    torchrun --nproc_per_node 8 sample.py model=FOLDER prompts=rows.jsonl
+    torchrun --nproc_per_node 8 sample.py model=FOLDER prompts=rows.jsonl sample_tp=4
 
 Shapes: R rows that decode together (slots of the cache), P prompts, T tokens of a prompt,
 K key/value heads, D head size, V vocabulary.
@@ -16,24 +16,30 @@ K key/value heads, D head size, V vocabulary.
 3. Log-probs are those of the very distribution sampled from: after temperature, top-k and top-p.
 4. A stop string may span tokens. The text ends with the token that completes it; nothing that
    was not sampled is ever appended.
+5. With sample_tp ranks to a model, each has slices of the weights, of the cache and of the
+   vocabulary. They take the same jobs and draw the same tokens, so their engines stay alike
+   without a word about either: the leader only tells which job comes next.
 """
 import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
 import time
 import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (InputError, head_size, load_for_sampling, load_tokenizer, open_folder,
-                   parse_config, script, setup)
+from model import (SHARE_SECONDS, WHOLE, InputError, head_size, join_share, load_for_sampling, load_tokenizer,
+                   open_folder, parse_config, script, setup, split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -49,10 +55,11 @@ CONFIG = dict(
     top_p=0.95,
     top_k=0,              # 0 is off
     slots=64,             # sequences that decode together
+    sample_tp=1,          # ranks that share one copy of the model
     seed=0,
 )
 LIMITS = dict(template=["think", "direct", "chat"], max_tokens=1, temperature=0, top_p=(1e-6, 1),
-              top_k=0, slots=1)
+              top_k=0, slots=1, sample_tp=1)
 STOP_STRINGS = ("</answer>", "<|user|>")
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
@@ -300,12 +307,12 @@ def scramble(x, key=0):
     return x.bitwise_xor_(shift_right(x, 16))
 
 
-def exponential_noise(keys, positions, num_tokens):
+def exponential_noise(keys, positions, ids):
     """Exponential noise (R, V) of mean 1 in fp32, a pure function of keys (R, 2) int32,
-    positions (R,) and the token id. 31 bits decide each value, finest where it is least."""
+    positions (R,) and token ids (V,) or (R, V). 31 bits decide each value, finest where it is
+    least."""
     rows = scramble(keys[:, 0] + positions * -1640531527, keys[:, 1])  # 2^32 / golden ratio
-    ids = torch.arange(num_tokens, dtype=torch.int32, device=keys.device) * -1640531527
-    bits = scramble(rows[:, None] + ids, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
+    bits = scramble(rows[:, None] + ids.int() * -1640531527, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
     minus_u = bits.float().add_(0.5).mul_(-2.0 ** -31).clamp_(min=2.0 ** -24 - 1)
     return minus_u.log1p_().neg_()  # -log(1 - u)
 
@@ -323,18 +330,39 @@ def truncate(logits, top_p, top_k):
     return logits
 
 
-def sample_tokens(logits, keys, positions, temperature, top_p, top_k):
-    """Tokens (R,) and the log-probs (R,) that they were sampled with; greedy ones have 0."""
+def sample_tokens(logits, keys, positions, temperature, top_p, top_k, first=0):
+    """Tokens (R,) and the log-probs (R,) that they were sampled with; greedy ones have 0. The
+    logits (R, V) are of the tokens from `first` on."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logits.amax(-1) * 0  # NaN and infinity show
+        return tokens + first, logits.amax(-1) * 0  # NaN and infinity show
     logits = truncate(logits / temperature, top_p, top_k)
     weights = (logits - logits.amax(-1, keepdim=True)).exp_()
     # Gumbel-max, log w + (-log e), without its logarithms: w / e has the same order
-    tokens = (weights / exponential_noise(keys, positions, logits.shape[1])).argmax(-1)
-    return tokens, (weights.gather(1, tokens[:, None])[:, 0] / weights.sum(-1)).log()
+    ids = torch.arange(first, first + logits.shape[1], device=logits.device)
+    tokens = (weights / exponential_noise(keys, positions, ids)).argmax(-1)
+    return tokens + first, (weights.gather(1, tokens[:, None])[:, 0] / weights.sum(-1)).log()
+
+
+def sample_among_ranks(share, logits, keys, positions, first, columns, **sampling):
+    """sample_tokens where each rank of a share has `columns` of the logits, fewer at the end: the
+    best of the ranks' own winners wins. All find the same one, from the same numbers."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if sampling["temperature"] == 0 or sampling["top_k"] or sampling["top_p"] < 1:
+        logits = F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
+        logits = share.stack(logits).transpose(0, 1).flatten(1)  # (R, V): these need all of it
+        return sample_tokens(logits, keys, positions, **sampling)
+    tokens, logprobs = sample_tokens(logits, keys, positions, **sampling, first=first)
+    mass = (logits / sampling["temperature"]).logsumexp(-1)
+    noise = exponential_noise(keys, positions, tokens[:, None])[:, 0]
+    mine = torch.stack([logprobs + mass - noise.log(), tokens, logprobs + mass, mass])
+    race, tokens, weights, masses = share.stack(mine).unbind(1)  # (size, R) each
+    winner = race.argmax(0, keepdim=True)
+    return (tokens.gather(0, winner)[0].long(),  # fp32 holds whole numbers to 16 million
+            weights.gather(0, winner)[0] - masses.logsumexp(0))
 
 
 # ---------------------------------------------------------------- the cache
@@ -344,14 +372,16 @@ class Cache:
     (layers, slots, K, cap, D). `lengths` says what the slots hold."""
 
     def __init__(self, model, slots, cap):
-        config = model.config
+        config = split_config(model.config, model.share)
         weight = model.model.norm.weight
         shape = (config["num_hidden_layers"], slots, config["num_key_value_heads"], cap,
                  head_size(config))
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device)
                           for _ in "kv")
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=weight.device)
+        self.slots = torch.arange(slots, device=weight.device)
         self.cap = cap
+        self.grain = max(16, -(-cap // 8)) if weight.is_cuda else 16  # few CUDA graphs
 
     def use_for_prefill(self, slots):
         """The next forward passes read prompts from their beginning, into slots (S,)."""
@@ -359,8 +389,8 @@ class Cache:
 
     def use_for_decode(self, rows, reach):
         """The next ones add a token to each of the first slots, which hold less than reach."""
-        self.at, self.rows = torch.arange(rows, device=self.lengths.device), rows
-        self.reach = min(-(-reach // 16) * 16, self.cap)  # rows of a mask that kernels can load
+        self.at, self.rows = self.slots[:rows], rows
+        self.reach = min(-(-reach // self.grain) * self.grain, self.cap)
         self.views = [[x[:rows, :, :self.reach].transpose(1, 2) for x in kv]
                       for kv in zip(self.k, self.v)]
 
@@ -406,7 +436,8 @@ class Completion(NamedTuple):
 
 
 class Engine:
-    """The slots of one rank: admits work into free ones, decodes all, collects what has ended."""
+    """The slots of one rank, or of the ranks that share a model: admits work into free ones,
+    decodes all, collects what has ended."""
 
     def __init__(self, model, prompts, stops, max_tokens, slots, seed, step, sampling):
         device = model.model.norm.weight.device
@@ -415,7 +446,7 @@ class Engine:
         self.limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         longest, most = max(map(len, prompts)), max(self.limits) + LOOK_EVERY
         self.slots = max(slots, MIN_ROWS)
-        self.cache = Cache(model, self.slots, longest + most)
+        self.cache = Cache(model, self.slots, -(-(longest + most) // 16) * 16)
         zeros = lambda *shape, dtype: torch.zeros(self.slots, *shape, dtype=dtype, device=device)
         self.token = zeros(dtype=torch.long)         # (R,) last token, not yet in the cache
         self.keys = zeros(2, dtype=torch.int32)      # (R, 2) of the noise
@@ -430,9 +461,24 @@ class Engine:
         self.counts = [0] * self.slots     # as count, known to the host without asking
         self.next_logits = {}              # of held prompts
         self.has_work = True
+        self.graphs = {}                   # CUDA graphs of a decode step, by its shape
+        self.start, self.num_tokens, self.ended = time.perf_counter(), 0, Counter()
 
     def running(self):
         return [slot for slot, job in enumerate(self.jobs) if job]
+
+    def progress(self):
+        rate = self.num_tokens / (time.perf_counter() - self.start)
+        return (f"{rate:,.0f} tokens/s, {len(self.running())} running, "
+                f"{self.ended['stop']} finished, {self.ended['length']} truncated")
+
+    def sample(self, logits, keys, positions):
+        """Tokens (R,) and their log-probs (R,) for logits (R, V) of this rank's columns."""
+        share, model = self.model.share, self.model
+        if share.size == 1:
+            return sample_tokens(logits, keys, positions, **self.sampling)
+        return sample_among_ranks(share, logits, keys, positions, model.first_token,
+                                  -(-model.config["vocab_size"] // share.size), **self.sampling)
 
     @torch.inference_mode()
     def admit(self, work):
@@ -451,8 +497,7 @@ class Engine:
                                          for slot in admitted], dtype=torch.int32,
                                         device=self.device)
         logits = torch.stack([self.next_logits[self.held[slot]] for slot in admitted])
-        tokens, logprobs = sample_tokens(logits, self.keys[index], self.count[index] * 0,
-                                         **self.sampling)
+        tokens, logprobs = self.sample(logits, self.keys[index], self.count[index] * 0)
         self.token[index] = tokens
         self.out_tokens[index, 0], self.out_logprobs[index, 0] = tokens, logprobs.float()
         self.count[index] = self.is_active[index] = 1
@@ -495,6 +540,29 @@ class Engine:
         grain = max(8, self.slots // 8)
         return min(max(MIN_ROWS, -(-num_running // grain) * grain), self.slots)
 
+    def step(self, R):
+        """A token more for each of the first R rows, all on the device."""
+        at, keys, count = self.cache.at, self.keys[:R], self.count[:R]
+        logits = self.model(self.token[:R], self.cu_seqlens[:R + 1], cache=self.cache)
+        tokens, logprobs = self.sample(logits, keys, count)
+        self.out_tokens[at, count], self.out_logprobs[at, count] = tokens, logprobs.float()
+        self.token[:R] = tokens
+        self.cache.lengths[:R] += self.is_active[:R]
+        count += self.is_active[:R]
+
+    def step_graph(self, R):
+        """The step as a CUDA graph, or None at a shape's first time, when kernels still settle."""
+        key = R, self.cache.reach
+        if key not in self.graphs:
+            self.graphs[key] = None
+        elif self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            self.pool = getattr(self, "pool", None) or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool,
+                                  capture_error_mode="thread_local"):
+                self.step(R)  # is only recorded
+        return self.graphs[key]
+
     @torch.inference_mode()
     def decode(self, num_steps):
         """num_steps more tokens for every running row."""
@@ -502,20 +570,25 @@ class Engine:
         R = self.num_rows(running[-1] + 1)
         reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
         self.cache.use_for_decode(R, reach)
-        token, keys, count = self.token[:R], self.keys[:R], self.count[:R]
-        places = count[:, None] + torch.arange(num_steps, device=self.device)  # (R, num_steps)
-        sampled = []
+        graph = self.step_graph(R) if self.device.type == "cuda" else None
         for _ in range(num_steps):
-            logits = self.model(token, self.cu_seqlens[:R + 1], cache=self.cache)
-            self.cache.lengths[:R] += self.is_active[:R]
-            token, logprob = sample_tokens(logits, keys, count, **self.sampling)
-            count += self.is_active[:R]
-            sampled.append((token, logprob))
-        self.token[:R] = token
-        for out, parts in zip((self.out_tokens, self.out_logprobs), zip(*sampled)):
-            out[self.cache.at[:, None], places] = torch.stack(parts, 1).to(out.dtype)
+            graph.replay() if graph else self.step(R)
         for slot in running:
             self.counts[slot] += num_steps
+        self.num_tokens += num_steps * len(running)
+
+    def wait(self):
+        """Wait for the device, but not for ever: in a CUDA graph nobody else watches over the
+        collectives of ranks that share a model."""
+        if self.device.type != "cuda" or self.model.share.size == 1:
+            return
+        done, end = torch.cuda.Event(), time.monotonic() + SHARE_SECONDS
+        done.record()
+        while not done.query():
+            if time.monotonic() > end:
+                raise TimeoutError(f"a rank that shares the model has not come within "
+                                   f"{SHARE_SECONDS} seconds")
+            time.sleep(1e-4)
 
     @torch.inference_mode()
     def collect(self, num_steps):
@@ -526,6 +599,7 @@ class Engine:
                              device=self.device)
         logprobs = self.out_logprobs.gather(1, window)
         ended = self.may_stop[self.out_tokens.gather(1, window)].any(1) | (self.count >= limit)
+        self.wait()
         ended, is_finite = torch.stack([ended, logprobs.isfinite().all(1)]).tolist()
         done = []
         for slot in self.running():
@@ -546,6 +620,7 @@ class Engine:
             return []
         finish = "stop" if length else "length"
         length = length or count
+        self.ended[finish] += 1
         self.release(slot)
         return [Completion(prompt, sample, tokens[:length],
                            self.out_logprobs[slot, :length].tolist(), finish)]
@@ -579,8 +654,9 @@ def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0,
 
     prompts: lists of tokens; work: an iterable of (place in prompts, sample number), pulled as
     slots free up; max_tokens: of a completion, one number or one for each prompt. Noise is keyed
-    by (seed, step, prompt, sample). on_look(engine) is called every few tokens; what it raises
-    abandons the rollout. Raises FloatingPointError when logits are not finite."""
+    by (seed, step, prompt, sample). on_look(engine) is called every few tokens; if it returns
+    True, here or on a rank that shares the model, the rollout is abandoned. Raises
+    FloatingPointError when logits are not finite."""
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
     engine = Engine(model, prompts, stops, max_tokens, slots, seed, step, sampling)
     work = iter(work)
@@ -591,16 +667,28 @@ def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0,
         engine.decode(LOOK_EVERY)
         yield from engine.collect(LOOK_EVERY)
         engine.compact()
-        if on_look:
-            on_look(engine)
+        is_over = on_look is not None and on_look(engine) is True
+        if model.share.any(is_over):
+            return
 
 
-def deal(jobs, ranks, slots, name):
-    """This rank's share of jobs: the first wave dealt evenly, the rest pulled one at a time from
-    a counter in the store, so that no rank waits while another has a queue."""
-    first = ranks.world * slots
-    yield from jobs[ranks.rank:first:ranks.world]
-    while (place := first + ranks.store.add(name, 1) - 1) < len(jobs):
+def deal(jobs, ranks, slots, name, share=WHOLE):
+    """This engine's part of jobs: the first wave dealt evenly, the rest pulled one at a time from
+    a counter in the store, so that none waits while another has a queue. Of ranks that share an
+    engine one pulls, and the others read in the store what it got."""
+    engine, engines = ranks.rank // share.size, ranks.world // share.size
+    first = engines * slots
+    yield from jobs[engine:first:engines]
+    for turn in itertools.count():
+        told = f"{name}/{engine}/{turn}"
+        if share.rank:
+            place = int(ranks.wait_for([told])[0])
+        else:
+            place = first + ranks.store.add(name, 1) - 1
+            if share.size > 1:
+                ranks.store.set(told, str(place))
+        if place >= len(jobs):
+            return
         yield jobs[place]
 
 
@@ -613,7 +701,7 @@ def stream(model, tokenizer, stops, prompt_tokens, config):
     def show(tokens):
         nonlocal shown
         text = tokenizer.decode(tokens).rstrip("\ufffd")  # a character may be half sampled
-        print(text[len(shown):], end="", flush=True)
+        print("" if model.share.rank else text[len(shown):], end="", flush=True)
         shown = text
 
     options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed")}
@@ -660,18 +748,25 @@ def answer_file(model, tokenizer, stops, config, ranks):
     options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots")}
     bar = tqdm(total=len(rows) * config["num_samples"], initial=len(done), unit="answer",
                disable=ranks.rank > 0)
-    work = deal(jobs, ranks, max(config["slots"], MIN_ROWS), "sample")
-    tokens, start = 0, time.perf_counter()
-    for c in generate(model, prompts, work, stops, config["max_tokens"], **options):
+    work = deal(jobs, ranks, max(config["slots"], MIN_ROWS), "sample", model.share)
+
+    def show(engine):
+        if ranks.rank == 0:
+            bar.n = len(done) + ranks.store.add("answered", 0)
+            bar.set_postfix_str(engine.progress())
+
+    for c in generate(model, prompts, work, stops, config["max_tokens"], on_look=show, **options):
+        if model.share.rank:
+            continue
         text = tokenizer.decode(c.tokens)
         row = {"index": rows[c.prompt]["id"], "sample": c.sample,
                "response": find_answer(text, config["template"]), "completion": text,
                "prompt": rows[c.prompt]["prompt"], "length": rows[c.prompt]["length"],
                "finish": c.finish}
         append_rows(path, [row])
-        tokens += len(c.tokens)
-        bar.update()
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+        ranks.store.add("answered", 1)
+    ranks.any(False)
+    bar.n = len(done) + ranks.store.add("answered", 0)
     bar.close()
     if ranks.rank == 0:
         print(f"wrote {path}")
@@ -682,8 +777,8 @@ def main(argv):
     config = parse_config(CONFIG, argv, LIMITS | dict(num_samples=1))
     ranks = setup()
     if config["prompts"]:
-        open_folder(config, ranks, may_differ={"slots"})
-    model = load_for_sampling(config["model"], ranks)
+        open_folder(config, ranks, may_differ={"slots", "sample_tp"})
+    model = load_for_sampling(config["model"], ranks, join_share(ranks, config["sample_tp"]))
     tokenizer = load_tokenizer(config["model"])
     model.num_tokens = min(model.num_tokens, len(tokenizer))
     stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
@@ -693,10 +788,12 @@ def main(argv):
     prompt_tokens, = encode_prompts(tokenizer, config["template"], [row],
                                     model.config["max_position_embeddings"],
                                     config["max_tokens"])
+    if ranks.rank >= config["sample_tp"]:
+        return
+    start = time.perf_counter()
+    completion = stream(model, tokenizer, stops, prompt_tokens, config)
+    seconds = time.perf_counter() - start
     if ranks.rank == 0:
-        start = time.perf_counter()
-        completion = stream(model, tokenizer, stops, prompt_tokens, config)
-        seconds = time.perf_counter() - start
         answer = find_answer(tokenizer.decode(completion.tokens), config["template"])
         print(f"\n[{count_words(answer)} words, {len(completion.tokens)} tokens, "
               f"{len(completion.tokens) / seconds:.0f} tokens/s, {completion.finish}]")

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -546,9 +547,9 @@ ALL_WORK = [(prompt, number) for prompt in range(11) for number in range(4)]
 CAPS = [30, 3, 60, 1, 9, 8, 40, 17, 5, 50, 16]
 
 
-def load_policy(folder, dtype, strings=()):
+def load_policy(folder, dtype, strings=(), share=network.WHOLE):
     """(model, prompts, stops) for ALL_WORK."""
-    tokenizer, ours = load_tokenizer(folder), load_model(folder, "cpu", dtype)
+    tokenizer, ours = load_tokenizer(folder), load_model(folder, "cpu", dtype, share=share)
     ours.num_tokens = len(tokenizer)
     return ours, random_sequences([5, 1, 30, 9, 17, 2, 12, 3, 70, 8, 6], 300), Stops(
         tokenizer, strings, len(tokenizer))
@@ -564,7 +565,8 @@ def sample_naively(ours, prompt, identity, cap):
     for place in range(cap):
         logits = ours(*pack([prompt + tokens])[:2])[0] / 0.7
         noise = exponential_noise(torch.tensor([noise_key(*identity)], dtype=torch.int32),
-                                  torch.tensor([place], dtype=torch.int32), len(logits))
+                                  torch.tensor([place], dtype=torch.int32),
+                                  torch.arange(len(logits)))
         tokens.append(int((logits - noise.log()).argmax()))
         logprobs.append(logits.log_softmax(-1)[tokens[-1]].item())
     return tokens, logprobs
@@ -617,17 +619,62 @@ def test_texts_equal_one_sequence_at_a_time_in_any_slots_and_order(policy, naive
     assert a == b == c  # in float32 their log-probs may differ in the last bit
 
 
-def generate_share(ranks, folder, strings):
-    ours, prompts, stops = load_policy(folder, torch.float64, strings)
-    jobs = sample.deal(ALL_WORK, ranks, 16 // ranks.world, "test")
+def generate_share(ranks, folder, strings, sample_tp, work=ALL_WORK):
+    share = network.join_share(ranks, sample_tp)
+    ours, prompts, stops = load_policy(folder, torch.float64, strings, share)
+    jobs = sample.deal(work, ranks, 16 * sample_tp // ranks.world, "test", share)
     return list(generate(ours, prompts, jobs, stops, CAPS, 16, temperature=0.7, seed=3, step=7))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_write_what_one_process_writes(world, policy, naive):
-    """Work dealt twice or never, and noise that depends on the rank."""
-    done = sum(run_on_ranks(world, generate_share, policy, naive[2]), [])
+@pytest.mark.parametrize("world, sample_tp", [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_ranks_write_what_one_process_writes(world, sample_tp, policy, naive):
+    """Work dealt twice or never, noise that depends on the rank; ranks that share a model and
+    draw apart, or each find the best token of their own part of the vocabulary."""
+    parts = run_on_ranks(world, generate_share, policy, naive[2], sample_tp)
+    for rank, part in enumerate(parts):
+        assert part == parts[rank - rank % sample_tp]
+    done = sum(parts[::sample_tp], [])
     assert len(done) == len(ALL_WORK) and texts_of(done) == naive[0]
+    for c in done:
+        assert c.logprobs == pytest.approx(naive[1][c.prompt, c.sample][:len(c.tokens)],
+                                           abs=1e-6, rel=1e-6)
+
+
+def generate_split(ranks, folder):
+    """Texts and log-probs of a sharded model's weights, brought whole and in slices."""
+    tokenizer, found = load_tokenizer(folder), []
+    trained = load_model(folder, "cpu", ranks=ranks)
+    for parameter in trained.parameters():
+        parameter.data.mul_(1.1)  # not what the folder holds
+    for share in network.WHOLE, network.join_share(ranks, ranks.world):
+        ours = load_model(folder, "cpu", torch.float64, share=share)
+        copy_weights(trained, ours)
+        ours.num_tokens = len(tokenizer)
+        stops, prompts = Stops(tokenizer, [], len(tokenizer)), random_sequences([5, 30], 300)
+        for options in dict(temperature=0), dict(top_p=0.9), dict(top_k=5), dict(temperature=0.6):
+            found.append(list(generate(ours, prompts, [(0, 0), (1, 0), (1, 1)], stops, 12,
+                                       **options)))
+    return found[:4], found[4:]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_slices_draw_from_the_whole_distribution(tied, policy, tmp_path):
+    """A nucleus or a top k of a rank's own part of the vocabulary; a slice of the wrong weight,
+    or of the whole one along the wrong side."""
+    make_model(tmp_path, vocab_size=345, tie_word_embeddings=tied, hidden_size=48,
+               intermediate_size=50, head_dim=12)
+    make_tokenizer(tmp_path)
+    for whole, split in run_on_ranks(2, generate_split, tmp_path):
+        for one, other in zip(sum(whole, []), sum(split, []), strict=True):
+            assert one._replace(logprobs=[]) == other._replace(logprobs=[])
+            assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+
+
+def test_ranks_without_work_wait_for_nobody(policy):
+    """Ranks or whole engines without a prompt that hang the others, or end with an error."""
+    for sample_tp in 1, 2:
+        parts = run_on_ranks(4, generate_share, policy, [], sample_tp, ALL_WORK[:1])
+        assert [len(part) for part in parts] == [1] * sample_tp + [0] * (4 - sample_tp)
 
 
 def test_greedy_equals_transformers(policy):
@@ -691,7 +738,7 @@ def test_noise_is_exponential_and_samples_follow_the_softmax():
             (torch.tensor([noise_key(0, 0)]).expand(20_000, 2), torch.arange(20_000)),
             (torch.tensor([noise_key(0, n) for n in range(20_000)]), torch.zeros(20_000))]:
         keys, positions = keys.int(), positions.int()
-        noise = -exponential_noise(keys, positions, 10).double().log()  # Gumbel's
+        noise = -exponential_noise(keys, positions, torch.arange(10)).double().log()  # Gumbel's
         assert abs(noise.mean() - np.euler_gamma) < 0.012  # 4 standard errors
         assert abs(noise.var() - math.pi ** 2 / 6) < 0.035
         assert np.abs(np.corrcoef(noise.T) - np.eye(10)).max() < 0.03
@@ -1287,6 +1334,40 @@ def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_pat
     assert not (tmp_path / "run" / "latest").exists() and len(read_log(tmp_path / "run")) == 2
 
 
+def lose_the_leader(rank, port, tmp_path, arguments):
+    """The first of two ranks that share the sampler is killed within a rollout."""
+    os.dup2(os.open(tmp_path / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    honest, torch.cuda.is_available = sample.Engine.step, lambda: False
+
+    def step(engine, R):
+        honest(engine, R)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sample.Engine.step = step
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    grpo.main(arguments)
+
+
+def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
+    """Ranks that wait in a collective, or in the store for a job, for the one that is gone; a
+    traceback of the connection that it left."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # torchrun's
+    processes = [context.Process(target=lose_the_leader, daemon=True, args=(
+        rank, store.port, tmp_path, training + [f"out={tmp_path / 'run'}", "sample_tp=2"]))
+        for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(40)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 1]
+    errors = (tmp_path / "errors1").read_text()
+    assert errors.count("error: a rank died without a word") == 1 and "Traceback" not in errors
+    assert not read_log(tmp_path / "run")
+
+
 CRASH_ONCE = """
 import os, signal, sys, pretrain
 honest, honest_setup = pretrain.next_token_loss, pretrain.setup
@@ -1667,14 +1748,49 @@ def run_grpo(ranks, arguments):
     grpo.main(arguments)  # joins the group that is there
 
 
-def test_two_ranks_sample_what_they_train(training, whole_run, tmp_path):
+@pytest.mark.parametrize("sample_tp", [1, 2])
+def test_two_ranks_sample_what_they_train(sample_tp, training, whole_run, tmp_path):
     """A sampler that keeps yesterday's weights: the ratio would leave 1 after the first step."""
-    run_on_ranks(2, run_grpo, training + [f"out={tmp_path}", "steps=3"])
+    run_on_ranks(2, run_grpo, training + [f"out={tmp_path}", "steps=3", f"sample_tp={sample_tp}"])
     log, alone = read_log(tmp_path), read_log(whole_run)
     assert [row["step"] for row in log] == [0, 1, 2, 3]
     assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["ratio/outside"] == 0 for row in log[1:])
     for key in ("reward/length", "tokens", "grad_norm"):
         assert log[1][key] == pytest.approx(alone[1][key], rel=1e-3)
+
+
+def run_late(ranks, arguments, seconds):
+    """GRPO where collectives time out long before rank 1 ends its first rollout and its scoring,
+    and where it decodes ten times slower."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 3))
+    if ranks.rank == 1:
+        honest_step, honest_rewards, slept = sample.Engine.step, grpo.rule_rewards, set()
+
+        def slow_step(engine, R):
+            start = time.perf_counter()
+            honest_step(engine, R)
+            time.sleep(9 * (time.perf_counter() - start))
+
+        def late_rewards(*arguments):
+            time.sleep(0 if slept else seconds)
+            slept.add(True)
+            return honest_rewards(*arguments)
+
+        sample.Engine.step, grpo.rule_rewards = slow_step, late_rewards
+    grpo.main(arguments)
+
+
+def test_ranks_wait_for_a_slow_one(training, tmp_path):
+    """A collective that starts while a rank still samples or asks its judge, and times out."""
+    arguments = training + ["steps=1", "eval_every=5"]
+    run_on_ranks(2, run_grpo, arguments + [f"out={tmp_path / 'even'}"])
+    start = time.monotonic()
+    run_on_ranks(2, run_late, arguments + [f"out={tmp_path / 'late'}"], 15)
+    assert time.monotonic() - start > 15
+    even, late = (read_log(tmp_path / name)[-1] for name in ("even", "late"))
+    timed = [key for key in even if key.startswith("seconds/")] + ["tokens_per_second"]
+    assert {key: even[key] for key in even if key not in timed} == {
+        key: late[key] for key in late if key not in timed}
 
 
 def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
