@@ -49,6 +49,11 @@ try:
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 except ImportError:
     flash_attn_varlen_func = flash_attn_with_kvcache = None
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # as with torch for the CPU
+    triton = None
 
 CONFIG = dict(
     model="toy/policy",  # folder or hub name
@@ -216,8 +221,8 @@ class Ranks(NamedTuple):
         return [item for part in parts for item in part]
 
     def any(self, flag):
-        """Whether any rank says so. All ranks meet at the store, however long the slowest takes, so a
-        collective after it starts with all ranks there."""
+        """Whether any rank says so. All ranks meet at the store, however long the slowest takes,
+        so a collective after it starts with all of them there."""
         if self.world == 1:
             return flag
         meeting = self.store.add(f"meetings/{self.rank}", 1)
@@ -359,7 +364,7 @@ class Span(NamedTuple):
     sizes: list               # of the sequences, or None where a kernel reads cu_seqlens
     max_len: int              # longest sequence in this call
     lengths: torch.Tensor     # (S,) int32 keys of each cached sequence, or None: no cache read
-    mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf for SDPA over a cache, or None
+    mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf, or None where a kernel reads lengths
 
 
 def attention(q, k, v, span):
@@ -378,9 +383,11 @@ def attention(q, k, v, span):
             F.scaled_dot_product_attention(*(x[None] for x in qkv), is_causal=True,
                                            enable_gqa=True)[0]
             for qkv in zip(*parts)], dim=1).transpose(0, 1)
-    if flash_attn_with_kvcache and q.is_cuda and q.dtype != torch.float32:
+    if span.mask is None and flash_attn_with_kvcache:
         return flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=span.lengths,
                                        causal=True)[:, 0]
+    if span.mask is None:
+        return triton_decode(q, k, v, span.lengths)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (S, K, keys, D)
     if q.is_cuda:  # kernels that take a mask have no grouped heads: a group becomes its queries
         return F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v,
@@ -388,6 +395,68 @@ def attention(q, k, v, span):
     # For one query a sequence two plain products are faster on the CPU, 1.3 times end to end.
     scores = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
     return (scores.add_(span.mask).softmax(-1) @ v).flatten(1, 2)  # (S, K, H/K, keys) @ v
+
+
+if triton:
+    @triton.jit
+    def decode_kernel(q, k, v, lengths, parts, masses, scale, row_stride, key_stride,
+                      head_stride, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                      KEYS: tl.constexpr):
+        """One sequence, one key head with its GROUP queries (of HEADS places), one part of the
+        keys: softmax over them as they come, and the logarithm of its sum."""
+        row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        num_heads, splits = tl.num_programs(1), tl.num_programs(2)
+        length = tl.load(lengths + row)
+        chunk = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+        end = tl.minimum((part + 1) * chunk, length)
+        heads, places, dims = tl.arange(0, HEADS), tl.arange(0, KEYS), tl.arange(0, D)
+        is_head = heads < GROUP
+        query = tl.load(q + ((row * num_heads + head) * GROUP + heads)[:, None] * D + dims,
+                        mask=is_head[:, None], other=0.0)
+        start = row * row_stride + head * head_stride
+        best = tl.full([HEADS], -float("inf"), tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        mean = tl.zeros([HEADS, D], tl.float32)
+        for first in range(part * chunk, end, KEYS):
+            is_key = first + places < end
+            at = start + (first + places)[:, None] * key_stride + dims
+            key = tl.load(k + at, mask=is_key[:, None], other=0.0)
+            scores = tl.where(is_key, tl.dot(query, tl.trans(key)) * scale, -float("inf"))
+            top = tl.maximum(best, tl.max(scores, 1))
+            weights, fade = tl.exp(scores - top[:, None]), tl.exp(best - top)
+            value = tl.load(v + at, mask=is_key[:, None], other=0.0)
+            mean = mean * fade[:, None] + tl.dot(weights.to(value.dtype), value)
+            total, best = total * fade + tl.sum(weights, 1), top
+        place = ((row * num_heads + head) * splits + part) * GROUP + heads
+        share = tl.where(total > 0, total, 1)[:, None]  # a part may be empty
+        tl.store(parts + place[:, None] * D + dims, mean / share, mask=is_head[:, None])
+        tl.store(masses + place, best + tl.log(total), mask=is_head)
+
+
+def has_decode_kernel(cached):
+    """Whether a kernel reads such a cache (..., D) by the lengths of its sequences."""
+    is_half = cached.is_cuda and cached.dtype != torch.float32
+    return is_half and bool(flash_attn_with_kvcache or triton and cached.shape[-1] in TRITON_SIZES)
+
+
+TRITON_SIZES = (16, 32, 64, 128, 256)  # of a head
+PROGRAMS = 512  # that keep a GPU busy: about four on each of an H100's 132 multiprocessors
+
+
+def triton_decode(q, k, v, lengths):
+    """Decode attention that reads each key and value once for all heads of its group, and splits
+    long caches among programs (FlashDecoding, https://pytorch.org/blog/flash-decoding).
+
+    q (S, H, D), k and v (S, keys, K, D), lengths (S,) -> (S, H, D)."""
+    (S, H, D), (keys, K) = q.shape, k.shape[1:3]
+    splits = max(1, min(keys // 256, PROGRAMS // (S * K)))
+    parts = q.new_empty(S, K, splits, H // K, D, dtype=torch.float32)
+    masses = parts.new_empty(parts.shape[:-1])
+    decode_kernel[S, K, splits](
+        q.contiguous(), k, v, lengths, parts, masses, D ** -0.5, k.stride(0), k.stride(1),
+        k.stride(2), GROUP=H // K, HEADS=max(16, triton.next_power_of_2(H // K)), D=D, KEYS=64)
+    weights = (masses - masses.logsumexp(2, keepdim=True)).exp()
+    return (parts * weights[..., None]).sum(2).flatten(1, 2).to(q.dtype)
 
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -38,8 +38,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (SHARE_SECONDS, WHOLE, InputError, head_size, join_share, load_for_sampling, load_tokenizer,
-                   open_folder, parse_config, script, setup, split_config)
+from model import (SHARE_SECONDS, WHOLE, InputError, has_decode_kernel, head_size, join_share,
+                   load_for_sampling, load_tokenizer, open_folder, parse_config, script, setup,
+                   split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -381,7 +382,9 @@ class Cache:
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=weight.device)
         self.slots = torch.arange(slots, device=weight.device)
         self.cap = cap
-        self.grain = max(16, -(-cap // 8)) if weight.is_cuda else 16  # few CUDA graphs
+        self.needs_mask = not has_decode_kernel(self.k)
+        # what a kernel may reach changes with the longest sequence, but seldom on CUDA: few graphs
+        self.grain = 16 if not weight.is_cuda else -(-cap // 8) if self.needs_mask else cap
 
     def use_for_prefill(self, slots):
         """The next forward passes read prompts from their beginning, into slots (S,)."""
@@ -397,8 +400,8 @@ class Cache:
     def begin(self, sequence, offsets):
         """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
 
-        Returns their positions (N,), and for a decode step the number of keys (S,) to read and
-        the mask (S, 1, 1, reach) that leaves the others out."""
+        Returns their positions (N,), and for a decode step the number of keys (S,) to read and,
+        where no kernel reads that, the mask (S, 1, 1, reach) that leaves the others out."""
         slot = self.at[sequence]
         positions = self.lengths[slot].long() + offsets
         K = self.k.shape[2]
@@ -407,6 +410,8 @@ class Cache:
         if not self.rows:
             return positions, None, None
         lengths = self.lengths[:self.rows] + 1
+        if not self.needs_mask:
+            return positions, lengths, None
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
         mask = torch.zeros(is_past.shape, dtype=self.k.dtype, device=lengths.device)
         return positions, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]

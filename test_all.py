@@ -258,17 +258,20 @@ def naive_attention(q, k, v, is_seen):
     return out
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "flash_attn"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton", "flash_attn"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     """A query that sees a later key, a stranger's key, a free place of the cache, or the keys of
-    another group of heads; on CUDA, FlashAttentions whose conventions change."""
+    another group of heads; on CUDA, FlashAttentions whose conventions change. On a CPU with
+    triton, TRITON_INTERPRET=1 runs its kernel."""
     device, dtype, tolerance = "cuda", torch.bfloat16, 0.03
-    if backend == "cpu":
+    is_interpreted = backend == "triton" and network.triton and "TRITON_INTERPRET" in os.environ
+    if backend == "cpu" or is_interpreted:
         device, dtype, tolerance = "cpu", torch.float32, 1e-5
-    elif not HAS_CUDA or (backend == "flash_attn" and network.flash_attn_varlen_func is None):
+    elif (not HAS_CUDA or backend == "triton" and not network.triton
+          or backend == "flash_attn" and network.flash_attn_varlen_func is None):
         pytest.skip(f"needs CUDA and {backend}")
-    elif backend == "torch":
+    elif backend != "flash_attn":
         monkeypatch.setattr(network, "flash_attn_varlen_func", None)
         monkeypatch.setattr(network, "flash_attn_with_kvcache", None)
     generator = torch.Generator().manual_seed(0)
@@ -281,11 +284,15 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     expected = naive_attention(q, *(x.expand(45, *x.shape) for x in (k, v)), is_seen.to(device))
     assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
-    q, k, v = draw(3, 4, 16), draw(3, 20, kv_heads, 16), draw(3, 20, kv_heads, 16)  # a decode step
-    lengths = torch.tensor([1, 20, 7], dtype=torch.int32, device=device)
-    is_seen = torch.arange(20, device=device) < lengths[:, None]
-    mask = torch.zeros(3, 20, dtype=dtype, device=device).masked_fill(~is_seen, -torch.inf)
-    found = network.attention(q, k, v, Span(cu_seqlens, None, 1, lengths, mask[:, None, None]))
+    q, *kv = draw(3, 4, 16), draw(3, kv_heads, 600, 16), draw(3, kv_heads, 600, 16)
+    k, v = (x.transpose(1, 2) for x in kv)  # a decode step, laid out as in the cache
+    lengths = torch.tensor([1, 600, 70], dtype=torch.int32, device=device)
+    is_seen = torch.arange(600, device=device) < lengths[:, None]
+    mask = torch.zeros(3, 1, 1, 600, dtype=dtype, device=device)
+    mask.masked_fill_(~is_seen[:, None, None], -torch.inf)
+    has_kernel = backend in ("triton", "flash_attn")
+    found = network.attention(q, k, v, Span(cu_seqlens, None, 1, lengths,
+                                            None if has_kernel else mask))
     assert_close(found.double(), naive_attention(q, k, v, is_seen), atol=tolerance, rtol=0)
 
 
@@ -1520,6 +1527,27 @@ def test_cuda_samples_what_it_trains(training, tmp_path):
                    check=True)
     rows = [row for row in read_log(tmp_path / "run") if row["step"]]
     assert all(abs(row["ratio/mean"] - 1) < 0.05 for row in rows) and rows
+
+
+def generate_on_cuda(folder, path):
+    ours, prompts, stops = load_policy(folder, torch.bfloat16)
+    ours = ours.cuda()
+    found = []
+    for has_graphs in True, False:
+        if not has_graphs:
+            sample.Engine.step_graph = lambda engine, R: None
+        done = generate(ours, prompts, ALL_WORK, stops, 60, 16)
+        found.append(sorted((c.prompt, c.sample, c.tokens) for c in done))
+    Path(path).write_text(json.dumps(found))
+
+
+@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
+def test_cuda_graphs_write_what_single_steps_write(policy, tmp_path):
+    """A graph that holds the address of a tensor that is gone, or a number that was Python's."""
+    code = f"import test_all; test_all.generate_on_cuda({str(policy)!r}, {str(tmp_path / 'texts')!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    graphs, steps = json.loads((tmp_path / "texts").read_text())
+    assert sum(a == b for a, b in zip(graphs, steps, strict=True)) > 0.9 * len(steps)
 
 
 # ---------------------------------------------------------------- grpo: advantages and loss

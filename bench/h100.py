@@ -41,7 +41,7 @@ from model import (ChunkedLogProbs, InputError, Ranks, Span, build_model, count_
                    count_parameters, find_commit, flops_per_token, head_size, parse_config, script,
                    setup, training_plan)
 from pretrain import H100_FLOPS, apply_gradient, make_optimizer
-from sample import LOOK_EVERY, generate, sample_tokens
+from sample import LOOK_EVERY, MIN_ROWS, generate, sample_tokens
 
 CONFIG = dict(
     size="0.5B",                            # tiny, small, 0.5B, 1.5B, 3B or 7B
@@ -55,11 +55,11 @@ SIZES = {  # hidden, layers, query heads, kv heads, ffn, vocabulary, tied (Qwen2
     "3B": (2048, 36, 16, 2, 11_008, 151_936, True),
     "7B": (3584, 28, 28, 4, 18_944, 152_064, False),
 }
-WORK = dict(tokens=16_384, seq_len=4096, prompt=512, new_tokens=256, keys=4096,
-            trained=(16_384, 32_768))
-TINY_WORK = dict(tokens=2048, seq_len=512, prompt=16, new_tokens=32, keys=256,
+WORK = dict(tokens=16_384, seq_len=4096, contexts=(512, 4096, 13_700), new_tokens=256,
+            keys=4096, trained=(16_384, 32_768))
+TINY_WORK = dict(tokens=2048, seq_len=512, contexts=(16, 256), new_tokens=64, keys=256,
                  trained=(1024, 2048))
-ROWS = (16, 32, 64, 128)          # that decode together
+ROWS = (1, 16, 32, 64, 128, 256)  # that decode together; fewer than 16 are decoded as 16
 RAGGED = (1, 7, 130, 257, 1000)   # lengths at which attention is compared
 CHECK_TOKENS = 1500               # at which heads are compared: more than a chunk
 
@@ -189,7 +189,7 @@ def naive(q, k, v, span):
 @contextlib.contextmanager
 def attention_by(backend):
     """The function to call, with model.attention held to one backend meanwhile: flash-attn's
-    names hidden, or tensors that deny being on CUDA."""
+    names hidden, or in training tensors that deny being on CUDA."""
     with contextlib.ExitStack() as stack:
         if backend != "flash-attn":
             for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
@@ -207,16 +207,17 @@ def make_pack(s, lengths):
     return qkv, Span(cu_seqlens, list(lengths), max(lengths), None, None)
 
 
-def make_decode(s, lengths):
+def make_decode(s, lengths, has_mask):
     """q (S, H, D), caches k and v (S, keys, K, D), and the Span of a decode step."""
     device, S, keys = s.ranks.device, len(lengths), s.work["keys"]
     is_past = torch.arange(keys, device=device) < lengths[:, None]
     mask = torch.zeros(is_past.shape, dtype=s.dtype, device=device)
     mask = mask.masked_fill_(~is_past, -torch.inf)[:, None, None]  # (S, 1, 1, keys)
-    k, v = (s.draw(S, keys, s.config["num_key_value_heads"], head_size(s.config)) for _ in "kv")
+    k, v = (s.draw(S, s.config["num_key_value_heads"], keys, head_size(s.config)).transpose(1, 2)
+            for _ in "kv")
     q = s.draw(S, s.config["num_attention_heads"], head_size(s.config))
     return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), None, 1,
-                           lengths, mask)
+                           lengths, mask if has_mask else None)
 
 
 def widen(tensors, dtype):
@@ -253,13 +254,14 @@ def training_row(s, backend):
 
 @torch.inference_mode()
 def decode_row(s, backend, rows=64):
-    device, keys = s.ranks.device, s.work["keys"]
-    with attention_by(backend) as function:
-        qkv, span = make_decode(s, torch.linspace(1, keys, rows, device=device).int())
+    device, keys, has_mask = s.ranks.device, s.work["keys"], backend in ("naive", "SDPA")
+    with attention_by("triton" if backend == "SDPA" else backend) as function:
+        qkv, span = make_decode(s, torch.linspace(1, keys, rows, device=device).int(), has_mask)
         error = errors([function(*qkv, span)], [naive(*widen(qkv, s.wide), span)])
         if backend == "naive":
             return [error, "-", "-"]
-        qkv, span = make_decode(s, torch.full((rows,), keys, dtype=torch.int32, device=device))
+        qkv, span = make_decode(s, torch.full((rows,), keys, dtype=torch.int32, device=device),
+                                has_mask)
         seconds = time_calls(lambda: function(*qkv, span))
     num_bytes = sum(x.nbytes for x in qkv[1:])
     return [error, f"{seconds * 1e3:.3f}", f"{num_bytes / seconds / s.bandwidth:.0%}"]
@@ -275,18 +277,25 @@ def attention_part(s):
                 {backend: partial(training_row, s, backend) for backend in backends})
     print_table(f"Attention, decode: errors at 64 rows of 1 to {work['keys']} keys, ms with all "
                 "full", ["backend", "output error", "ms", "share of copy bandwidth"],
-                {backend: partial(decode_row, s, backend)
-                 for backend in ["naive", *flash, "SDPA"]})
+                {backend: partial(decode_row, s, backend) for backend in
+                 ["naive", *flash, *(["triton"] if is_cuda and model.triton else []), "SDPA"]})
 
 
 # ---------------------------------------------------------------- decode
 
-def rollout_row(s, rows):
-    """generate, timed between the looks of its engine: the prefill comes before the first, the
-    completions after the last."""
+def rollout_row(s, rows, context):
+    """generate, timed between the looks of its engine: the prefill comes before the first, CUDA
+    graphs before the third, the completions after the last."""
     work, V, looks = s.work, s.config["vocab_size"], []
+    length = context + work["new_tokens"]
+    values = 2 * s.config["num_hidden_layers"] * s.config["num_key_value_heads"] \
+        * head_size(s.config)  # of keys and values a token
+    needed = (count_parameters(s.config) + max(rows, MIN_ROWS) * length * values) \
+        * s.dtype.itemsize
+    if s.ranks.device.type == "cuda" and needed > 0.9 * torch.cuda.mem_get_info()[1]:
+        return ["does not fit"] + [""] * 6
     network = make_model(s.config, s.ranks.device, s.dtype)
-    prompts = s.draw_tokens(rows, work["prompt"]).tolist()
+    prompts = s.draw_tokens(1, context).tolist()  # read once, copied for all
     never = SimpleNamespace(may_stop=torch.zeros(V, dtype=torch.bool), find=lambda *_: 0)
 
     def on_look(engine):
@@ -295,26 +304,25 @@ def rollout_row(s, rows):
 
     for max_tokens in (LOOK_EVERY, work["new_tokens"]):  # the first warms up
         looks[:] = [time.perf_counter()]
-        list(generate(network, prompts, [(place, 0) for place in range(rows)], never, max_tokens,
-                      slots=rows, on_look=on_look))
+        list(generate(network, prompts, [(0, number) for number in range(rows)], never,
+                      max_tokens, slots=rows, on_look=on_look))
     peak = gigabytes(peak_bytes())
-    step = (looks[-2] - looks[1]) / (LOOK_EVERY * (len(looks) - 3))
+    step = (looks[-2] - looks[2]) / (LOOK_EVERY * (len(looks) - 4))
     prefill = looks[1] - looks[0] - LOOK_EVERY * step
     logits, keys = s.draw(rows, V), s.draw_tokens(rows, 2).int()
     sampling = time_calls(lambda: sample_tokens(logits, keys, keys[:, 0], 1.0, 1.0, 0))
-    values = 2 * s.config["num_hidden_layers"] * s.config["num_key_value_heads"] \
-        * head_size(s.config)  # of keys and values a token
-    cached = rows * (work["prompt"] + work["new_tokens"] / 2) * values
+    cached = rows * (context + work["new_tokens"] / 2) * values
     bound = (count_multiplied(s.config) + cached) * s.dtype.itemsize / s.bandwidth
     return [f"{rows / step:,.0f}", f"{step * 1e3:.2f}", f"{sampling * 1e3:.2f}",
             f"{bound * 1e3:.3f}", f"{bound / step:.1%}", f"{prefill:.2f}", peak]
 
 
 def decode_part(s):
-    print_table(f"Decode: prompts of {s.work['prompt']}, {s.work['new_tokens']} new tokens",
-                ["rows", "tokens/s", "ms a step", "of it sampling", "bound ms", "share of bound",
+    print_table(f"Decode: {s.work['new_tokens']} new tokens",
+                ["rows x context", "tokens/s", "ms a step", "of it sampling", "bound ms", "share of bound",
                  "prefill s", "peak GB"],
-                {rows: partial(rollout_row, s, rows) for rows in ROWS})
+                {f"{rows} x {context}": partial(rollout_row, s, rows, context)
+                 for context in s.work["contexts"] for rows in ROWS})
 
 
 # ---------------------------------------------------------------- head
