@@ -429,14 +429,16 @@ def sampler_plan(config, gpus):
 
 
 def count_slots(config, gpus, memory):
-    """Completions that decode together in what the rest leaves of a GPU's memory (bytes)."""
+    """Completions that decode together in what the rest leaves of a GPU's memory (bytes), and no
+    more than there are."""
     held, each = sampler_plan(config, gpus)
     trained = 16 * count_parameters(load_config(config["model"])[1]) // gpus
     slots = int((0.9 * memory - trained - sum(held.values()) - DECODE_ROOM) // each)
     if slots < 1:
         raise InputError(f"slots=0: expected room for a completion of {config['max_tokens']} "
                          f"tokens, found {slots * each:,} bytes")
-    return slots
+    engines = gpus // config["sample_tp"]
+    return min(slots, -(-config["num_prompts"] * config["num_samples"] // engines))
 
 
 def fit_slots(config, ranks):
