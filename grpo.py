@@ -56,6 +56,8 @@ CONFIG = dict(
     top_p=1.0,
     top_k=0,
     length_max=2.0,                # the length reward is 0 from this multiple of the upper end
+    weights={"length": 1.0, "format": 1.0, "writing": 1.0},  # of the rewards; one left out is 0
+    combine="advantages",          # each reward's own, averaged; or rewards: their sum's
     lr=3e-4,
     schedule="inverse_sqrt",       # or constant, cosine
     updates=1,                     # optimizer steps a batch; from 2 on the ratio is clipped
@@ -176,15 +178,19 @@ def normalise(rewards_PG, floor, divide_by_std):
     return ((rewards_PG - mean) / scale).nan_to_num(0.0)
 
 
-def average_advantages(rewards, divide_by_std=True):
-    """{component: (P, G) rewards} -> (P, G): the mean of the components' own advantages."""
+def combine_advantages(rewards, weights, combine="advantages", divide_by_std=True):
+    """{component: (P, G) rewards} -> (P, G): the mean of the components' own advantages by weight;
+    or, to compare with, the advantages of the weighted sum of rewards."""
+    if combine == "rewards":
+        total = sum(weight * rewards[name] for name, weight in weights.items())
+        return normalise(total, STD_FLOOR, divide_by_std)
     parts = []
-    for name, rewards_PG in rewards.items():
-        scored = rewards_PG[~rewards_PG.isnan()]
+    for name, weight in weights.items():
+        scored = rewards[name][~rewards[name].isnan()]
         spread = scored.std(correction=0).item() if len(scored) else 0.0
         floor = max(0.5 * spread, 1e-6) if name == "writing" else STD_FLOOR
-        parts.append(normalise(rewards_PG, floor, divide_by_std))
-    return torch.stack(parts).mean(0)
+        parts.append(weight * normalise(rewards[name], floor, divide_by_std))
+    return sum(parts) / sum(weights.values())
 
 
 def is_dead(advantages_PG):
@@ -348,8 +354,11 @@ def step_row(step, completions, scored, rewards, entropies, ratios):
             "entropy": float(entropies.mean()),
             "ratio/mean": float(ratios.mean()), "ratio/p99": float(np.quantile(ratios, 0.99)),
             "ratio/outside": float(((ratios < 0.9) | (ratios > 1.1)).mean())}
-    return row | {f"zero_std/{name}": (rewards[name].std(1, correction=0) == 0).float().mean()
-                  .item() for name in COMPONENTS}
+    for name in COMPONENTS:
+        row[f"zero_std/{name}"] = (rewards[name].std(1, correction=0) == 0).float().mean().item()
+        pairs = [(r["words"], r[name]) for r in scored if not math.isnan(r[name])]
+        row[f"correlation/{name}"] = spearman(*zip(*pairs)) if pairs else 0.0
+    return row
 
 
 def eval_row(scored, rows):
@@ -535,6 +544,11 @@ class Trainer:
             key: self.config[key] for key in ("temperature", "top_p", "top_k")})
         return found and (prompts, *found)
 
+    def advantages(self, rewards):
+        """(P, G) of {component: (P, G) rewards}, as the config combines them."""
+        return combine_advantages(rewards, self.config["weights"], self.config["combine"],
+                                  self.config["divide_by_std"])
+
     def sample_batch(self, step):
         """As sample_groups, of a step; groups without any advantage give way to other prompts, up
         to `resample` times."""
@@ -545,7 +559,7 @@ class Trainer:
             if batch is None:
                 break
             rewards = reward_table(batch[2], config["num_samples"])
-            dead = is_dead(average_advantages(rewards)).nonzero()[:, 0].tolist()
+            dead = is_dead(self.advantages(rewards)).nonzero()[:, 0].tolist()
             if not dead:
                 break
             places = np.random.default_rng([config["seed"], step, attempt]).integers(
@@ -562,7 +576,7 @@ class Trainer:
             return None
         prompts, completions, scored = found
         rewards = reward_table(scored, config["num_samples"])
-        advantages = average_advantages(rewards, config["divide_by_std"])
+        advantages = self.advantages(rewards)
         sampled = time.perf_counter()
         lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                            config["schedule"])
@@ -645,7 +659,14 @@ def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
         micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1), clip_high=0,
-        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0, slots=0))
+        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0, slots=0,
+        combine=["advantages", "rewards"]))
+    weights = config["weights"]
+    if not (set(weights) <= set(COMPONENTS) and any(weights.values())
+            and all(isinstance(weight, (int, float)) and weight >= 0
+                    for weight in weights.values())):
+        raise InputError(f"weights={json.dumps(weights)}: expected weights of at least 0, not all "
+                         f"0, for some of {', '.join(COMPONENTS)}")
     if config["num_prompts"] < config["updates"]:
         raise InputError(f"updates={config['updates']}: expected at most num_prompts="
                          f"{config['num_prompts']}")

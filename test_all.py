@@ -1553,9 +1553,9 @@ def test_cuda_graphs_write_what_single_steps_write(policy, tmp_path):
 # ---------------------------------------------------------------- grpo: advantages and loss
 
 def test_averaged_advantages_equal_a_plain_loop():
-    """Rewards summed before they are normalised, a deviation over the batch instead of the
-    group, a floor that is missing, an unscored sample that counts as 0; 0 / 0 in a group of one,
-    of equal rewards, or of samples that no judge could score."""
+    """Rewards summed before they are normalised, unless that is asked for, a deviation over the
+    batch instead of the group, a floor that is missing, an unscored sample that counts as 0; 0 / 0
+    in a group of one, of equal rewards, or of samples that no judge could score; weights lost."""
     rng = np.random.default_rng(0)
     rewards = {name: rng.random((5, 4)) * scale for name, scale in
                [("length", 1), ("format", 0.01), ("writing", 7)]}
@@ -1567,12 +1567,24 @@ def test_averaged_advantages_equal_a_plain_loop():
         for p, g in np.argwhere(~np.isnan(table)):
             group = table[p][~np.isnan(table[p])]
             expected[p, g] += (table[p, g] - group.mean()) / max(group.std(), floors[name]) / 3
-    found = grpo.average_advantages({name: torch.tensor(x) for name, x in rewards.items()})
+    tensors, even = {name: torch.tensor(x) for name, x in rewards.items()}, grpo.CONFIG["weights"]
+    found = grpo.combine_advantages(tensors, even)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
     equal = {name: torch.full((3, 2), 0.7) for name in grpo.COMPONENTS}
-    assert not grpo.average_advantages(equal).any()
     odd = dict(zip(grpo.COMPONENTS, torch.tensor([0.3, 0.0, math.nan]).view(3, 1, 1)))
-    assert grpo.average_advantages(odd).tolist() == [[0.0]]
+    for combine in "advantages", "rewards":
+        assert not grpo.combine_advantages(equal, even, combine).any()
+        assert grpo.combine_advantages(odd, even, combine).tolist() == [[0.0]]
+
+    weights = {"writing": 3.0, "length": 1.0}
+    both = [grpo.combine_advantages(tensors, {name: 1.0}).numpy() for name in weights]
+    np.testing.assert_allclose(grpo.combine_advantages(tensors, weights).numpy(),
+                               (3 * both[0] + both[1]) / 4, atol=1e-9)
+    total = 3 * rewards["writing"] + rewards["length"]
+    total[2] = 0.0  # nobody was scored
+    mean, std = (np.nan_to_num(f(total, axis=1, keepdims=True)) for f in (np.nanmean, np.nanstd))
+    np.testing.assert_allclose(grpo.combine_advantages(tensors, weights, "rewards").numpy(),
+                               np.nan_to_num((total - mean) / np.maximum(std, 0.1)), atol=1e-9)
 
 
 def make_rollout(num_prompts):
@@ -1702,7 +1714,7 @@ def test_spearman_is_the_correlation_of_mean_ranks():
 LOG_KEYS = """step reward/length reward/format reward/writing words tokens
     tokens/finished truncated repetition
     entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length zero_std/format
-    zero_std/writing seconds/sample seconds/train tokens_per_second""".split()
+    zero_std/writing correlation/length correlation/format correlation/writing seconds/sample seconds/train tokens_per_second""".split()
 EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
 
 
@@ -1872,6 +1884,10 @@ def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     (grpo, "steps=three", "steps=three: expected int"), (grpo, "steps=1.5", "expected int"),
     (grpo, "lr=nan", "lr=nan: expected float"), (grpo, "resume=maybe", "resume=maybe"),
     (grpo, "columns={a", "columns={a: expected a JSON dict"), (grpo, "columns=[1]", "a JSON dict"),
+    (grpo, 'weights={"style": 1}', "for some of length, format, writing"),
+    (grpo, 'weights={"length": 0}', "not all 0"),
+    (grpo, "slots=0", "slots=0: expected at least 1 without a GPU"),
+    (grpo, "sample_tp=2", "sample_tp=2: expected a divisor of the 1 ranks"),
     (grpo, "steps", "steps=value"), (grpo, "steps=0", "steps=0: expected at least 1"),
     (grpo, "num_samples=1", "at least 2"), (grpo, "length_max=1", "length_max"),
     (grpo, "schedule=linear", "expected one of 'cosine', 'constant', 'inverse_sqrt'"),
