@@ -494,6 +494,10 @@ class Share(NamedTuple):
         """Whether any of the ranks says so."""
         return bool(self.sum(torch.tensor(int(flag))))
 
+    def most(self, count):
+        """Of so many rows, those of each rank; the last may have fewer."""
+        return -(-count // self.size)
+
 
 WHOLE = Share(0, 1, None)
 
@@ -506,7 +510,7 @@ def split_config(config, share):
             raise InputError(f"sample_tp={share.size}: expected a divisor of the model's {key}, "
                              f"{config[key]}")
         local[key] = config[key] // share.size
-    rows = -(-config["vocab_size"] // share.size)
+    rows = share.most(config["vocab_size"])
     local["vocab_size"] = len(range(config["vocab_size"])[share.rank * rows:][:rows])
     return config | local
 
@@ -678,7 +682,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config, self.share = config, share
         self.num_tokens = config["vocab_size"]  # rows from here on have no probability at all
-        self.first_token = share.rank * -(-config["vocab_size"] // share.size)  # of its rows
+        self.first_token = share.rank * share.most(config["vocab_size"])  # of its rows
         config = split_config(config, share)
         self.model = Backbone(config, recompute)
         if is_scorer(config):

@@ -466,7 +466,7 @@ class Engine:
         self.counts = [0] * self.slots     # as count, known to the host without asking
         self.next_logits = {}              # of held prompts
         self.has_work = True
-        self.graphs = {}                   # CUDA graphs of a decode step, by its shape
+        self.graphs, self.pool = {}, None  # CUDA graphs of a decode step by its shape; their memory
         self.start, self.num_tokens, self.ended = time.perf_counter(), 0, Counter()
 
     def running(self):
@@ -483,7 +483,7 @@ class Engine:
         if share.size == 1:
             return sample_tokens(logits, keys, positions, **self.sampling)
         return sample_among_ranks(share, logits, keys, positions, model.first_token,
-                                  -(-model.config["vocab_size"] // share.size), **self.sampling)
+                                  share.most(model.config["vocab_size"]), **self.sampling)
 
     @torch.inference_mode()
     def admit(self, work):
@@ -540,6 +540,10 @@ class Engine:
                             sizes.cumsum(0).to(self.device, torch.int32), cache=self.cache)
         self.next_logits |= dict(zip(pack, logits))
 
+    def length(self, slot):
+        """Tokens of a slot's prompt and completion."""
+        return len(self.prompts[self.held[slot]]) + self.counts[slot]
+
     def num_rows(self, num_running):
         """Rows to decode: one of a few sizes, so that few CUDA graphs and shapes exist."""
         grain = max(8, self.slots // 8)
@@ -562,10 +566,10 @@ class Engine:
             self.graphs[key] = None
         elif self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            self.pool = getattr(self, "pool", None) or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(self.graphs[key], pool=self.pool,
                                   capture_error_mode="thread_local"):
                 self.step(R)  # is only recorded
+            self.pool = self.graphs[key].pool()
         return self.graphs[key]
 
     @torch.inference_mode()
@@ -573,8 +577,7 @@ class Engine:
         """num_steps more tokens for every running row."""
         running = self.running()
         R = self.num_rows(running[-1] + 1)
-        reach = max(self.counts[s] + len(self.prompts[self.held[s]]) for s in running) + num_steps
-        self.cache.use_for_decode(R, reach)
+        self.cache.use_for_decode(R, max(map(self.length, running)) + num_steps)
         graph = self.step_graph(R) if self.device.type == "cuda" else None
         for _ in range(num_steps):
             graph.replay() if graph else self.step(R)
@@ -644,7 +647,7 @@ class Engine:
         gaps = (slot for slot in range(rows) if not self.jobs[slot])
         for source in [slot for slot in running if slot >= rows]:
             slot = next(gaps)
-            self.cache.copy(source, slot, self.cache.reach)
+            self.cache.copy(source, slot, self.length(source))
             for state in (self.token, self.keys, self.count, self.is_active, self.out_tokens,
                           self.out_logprobs, self.cache.lengths):
                 state[slot] = state[source]

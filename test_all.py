@@ -1711,10 +1711,10 @@ def test_spearman_is_the_correlation_of_mean_ranks():
 
 # ---------------------------------------------------------------- grpo: the run
 
-LOG_KEYS = """step reward/length reward/format reward/writing words tokens
-    tokens/finished truncated repetition
-    entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length zero_std/format
-    zero_std/writing correlation/length correlation/format correlation/writing seconds/sample seconds/train tokens_per_second""".split()
+LOG_KEYS = """step reward/length reward/format reward/writing words tokens tokens/finished
+    truncated repetition entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length
+    zero_std/format zero_std/writing correlation/length correlation/format correlation/writing
+    seconds/sample seconds/train tokens_per_second""".split()
 EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
 
 
