@@ -1,0 +1,115 @@
+"""One toy run per arm and seed, side by side, with the gold score that no training ever sees.
+
+    python bench/arms.py arms='{"length": ["weights={\"length\": 1}"], "all": []}' picture=arms.png
+
+An arm is a list of keys for grpo.py. Runs are processes of one thread, `parallel` at a time, in
+out/ARM-SEED; what is finished is not run again. Prints a markdown table of the last evaluation, and
+draws each figure over the steps: the mean over seeds, and a band from the least to the most.
+"""
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import numpy as np
+from tqdm import tqdm
+
+from model import find_commit, parse_config, script
+from sample import load_rows, read_done
+from toy import gold_scores
+
+CONFIG = dict(
+    arms={"length": ['weights={"length": 1}'], "format": ['weights={"format": 1}'],
+          "writing": ['weights={"writing": 1}'], "all three": []},
+    options=[],                  # more keys for every arm
+    seeds=[0, 1, 2],
+    steps=120,
+    parallel=4,                  # runs at one time
+    prompts="toy/held_out.jsonl",
+    out="out/arms",
+    picture="out/arms/arms.png",
+    title="The toy, each reward alone and all three",
+)
+PANELS = {"eval/length": "length reward", "eval/format": "format reward",
+          "eval/writing": "writing reward (the proxy)", "gold": "gold score (never trained on)",
+          "words": "words", "repetition": "repetition penalty"}
+
+
+def run_arm(run, keys):
+    """grpo.py with one thread; its last lines if it fails."""
+    grpo = [sys.executable, str(HERE.parent / "grpo.py"), f"out={run}", *keys]
+    done = subprocess.run(grpo, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True)
+    if done.returncode:
+        sys.exit(f"{run}: {done.stderr[-2000:]}")
+
+
+def read_run(run, topics):
+    """{step: {figure: value}} of a run's evaluations."""
+    gold, found = gold_scores(run, topics), {}
+    for row in read_done(Path(run) / "log.jsonl"):
+        if "eval/length" not in row:
+            continue
+        samples = read_done(Path(run) / "samples" / f"step-{row['step']:06d}.jsonl")
+        means = {key: float(np.mean([sample["rewards"][key] for sample in samples]))
+                 for key in ("words", "repetition")}
+        found[row["step"]] = row | means | {"gold": gold[row["step"]]}
+    return found
+
+
+def draw(found, config):
+    """found: {arm: [a run's figures by step, for each seed]}."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6))
+    for axis, (key, name) in zip(axes.flat, PANELS.items()):
+        for arm, runs in found.items():
+            steps = sorted(runs[0])
+            values = np.array([[run[step][key] for step in steps] for run in runs])
+            axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15)
+            axis.plot(steps, values.mean(0), label=arm, marker="o", markersize=3)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("step", fontsize=8)
+    figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
+                    fontsize=11)
+    figure.tight_layout()
+    figure.savefig(config["picture"], dpi=100)
+
+
+@script
+def main(argv):
+    config = parse_config(CONFIG, argv, dict(steps=1, parallel=1))
+    topics = {row["id"]: row["topic"] for row in load_rows(config["prompts"], lambda row, n: row)}
+    runs = {(arm, seed): f"{config['out']}/{arm.replace(' ', '-')}-{seed}"
+            for arm in config["arms"] for seed in config["seeds"]}
+    Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(config["parallel"]) as pool:
+        jobs = [pool.submit(run_arm, run, [f"seed={seed}", f"steps={config['steps']}",
+                                           *config["options"], *config["arms"][arm]])
+                for (arm, seed), run in runs.items()]
+        for job in tqdm(jobs, unit="run"):
+            job.result()
+    found = {arm: [read_run(runs[arm, seed], topics) for seed in config["seeds"]]
+             for arm in config["arms"]}
+    draw(found, config)
+    print(f"commit {find_commit()}, {len(config['seeds'])} seeds, step {config['steps']}: mean "
+          "(least to most)\n\n| arm | " + " | ".join(PANELS.values()) + " |\n"
+          + "|---" * (len(PANELS) + 1) + "|")
+    for arm, parts in found.items():
+        last = {key: [part[max(part)][key] for part in parts] for key in PANELS}
+        print(f"| {arm} | " + " | ".join(f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})"
+                                         for v in last.values()) + " |")
+    print(f"\npicture: {config['picture']}")
+
+
+if __name__ == "__main__":
+    main()
