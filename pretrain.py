@@ -611,7 +611,8 @@ def make_packs(sizes, costs, world, micro_tokens):
     each rank: a list of lists of places, the costliest first, of which rank r takes every
     world-th from the r-th."""
     sizes, costs = np.asarray(sizes, dtype=int), np.asarray(costs, dtype=float)
-    num_packs = world * max(1, math.ceil(sizes.sum() / (world * micro_tokens)))
+    most = world * max(1, math.ceil(len(sizes) / world))  # an item each
+    num_packs = min(most, world * max(1, math.ceil(sizes.sum() / (world * micro_tokens))))
     while True:
         packs = [[] for _ in range(num_packs)]
         tokens, loads = np.zeros(num_packs, dtype=int), np.zeros(num_packs)
@@ -625,7 +626,8 @@ def make_packs(sizes, costs, world, micro_tokens):
             loads[pack] += costs[place]
         else:
             return [packs[pack] for pack in np.argsort(-loads, kind="stable")]
-        num_packs += world * max(1, num_packs // (16 * world))  # of thousands, not one by one
+        num_packs += world * max(1, num_packs // (16 * world))  # thousands grow by a 16th
+        num_packs = min(num_packs, most)
 
 
 def next_token_loss(model, data, numbers, ranks, micro_rows, train):
