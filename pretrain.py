@@ -626,8 +626,8 @@ def make_packs(sizes, costs, world, micro_tokens):
             loads[pack] += costs[place]
         else:
             return [packs[pack] for pack in np.argsort(-loads, kind="stable")]
-        num_packs += world * max(1, num_packs // (16 * world))  # thousands grow by a 16th
-        num_packs = min(num_packs, most)
+        more = world * max(1, num_packs // (16 * world))  # thousands grow by a 16th
+        num_packs = min(num_packs + more, most)
 
 
 def next_token_loss(model, data, numbers, ranks, micro_rows, train):

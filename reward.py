@@ -228,12 +228,18 @@ def bradley_terry(scores_P2, centre):
     return -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected) ** 2
 
 
-def pair_scores(model, pairs, ranks, micro_tokens, centre, train):
-    """Scores (P, 2) of pairs, chosen first; with train, leaves the gradient of the mean loss."""
+def leave_gradient(model, pairs, ranks, micro_tokens, centre):
+    """Scores (P, 2) of pairs, chosen first; leaves the gradient of their mean loss. Collective."""
     loss = lambda scores: bradley_terry(scores, centre).sum() / len(pairs)
-    return torch.tensor(score_sequences(
-        model, [tokens for pair in pairs for tokens in pair], ranks, micro_tokens, 2,
-        loss if train else None)).view(-1, 2)
+    texts = [tokens for pair in pairs for tokens in pair]
+    return torch.tensor(score_sequences(model, texts, ranks, micro_tokens, 2, loss)).view(-1, 2)
+
+
+def score_pairs(model, pairs, ranks, micro_tokens):
+    """Scores (P, 2) of pairs, chosen first, each text scored once. Collective."""
+    texts = {id(tokens): tokens for pair in pairs for tokens in pair}
+    scores = dict(zip(texts, score_sequences(model, list(texts.values()), ranks, micro_tokens)))
+    return torch.tensor([[scores[id(tokens)] for tokens in pair] for pair in pairs])
 
 
 def share_right(scores_P2):
@@ -308,16 +314,16 @@ def train_reward_model(config):
         print(f"{len(pairs)} pairs, {cut:.1%} of their texts cut at {max_len} tokens")
     content = [content_key([file], tokenizer) for file in files]
     run, batch = Run(config | {"data_content": content}, ranks), config["batch_pairs"]
-    score = lambda pairs, is_training: pair_scores(
-        model, pairs, ranks, config["micro_tokens"], config["centre"], is_training)
+    options = ranks, config["micro_tokens"]
 
     def accumulate(step):
-        scores = score(draw_pairs(pairs, batch, step, config["seed"]), True)
+        drawn = draw_pairs(pairs, batch, step, config["seed"])
+        scores = leave_gradient(model, drawn, *options, config["centre"])
         return {"loss": bradley_terry(scores, config["centre"]).mean().item(),
                 "accuracy": share_right(scores)}
 
     ratios = length_ratios(rows[-1]) if rest else None
-    validate = lambda: val_row(score(rest[0][0], False), ratios, config["centre"])
+    validate = lambda: val_row(score_pairs(model, rest[0][0], *options), ratios, config["centre"])
     mean_tokens = sum(len(tokens) for pair in pairs for tokens in pair) / len(pairs)
     train(run, model, optimizer, accumulate, validate if rest else dict,
           {"loss": ["loss", "val_loss"], "accuracy": ["accuracy", "val_accuracy"]},

@@ -980,7 +980,9 @@ def score_shares(ranks, folder, texts):
 def gradient_of_pairs(ranks, folder, pairs, micro_tokens):
     """(scores, gradient) of Bradley-Terry training on all ranks."""
     ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
-    scores = reward.pair_scores(ours, pairs, ranks, micro_tokens, 0.1, True)
+    evaluated = reward.score_pairs(ours, pairs, ranks, micro_tokens)
+    scores = reward.leave_gradient(ours, pairs, ranks, micro_tokens, 0.1)
+    assert_close(evaluated, scores, atol=1e-5, rtol=0)
     return scores, {name: p.grad.full_tensor() if ranks.world > 1 else p.grad
                     for name, p in ours.named_parameters()}
 
