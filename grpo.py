@@ -35,7 +35,7 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    load_config, load_for_sampling, load_for_training, load_tokenizer,
                    parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
-                      make_optimizer, print_plan)
+                      make_optimizer, make_packs, print_plan)
 from reward import WritingModel, rule_rewards
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
@@ -245,28 +245,6 @@ def make_sequences(prompts, completions, advantages_PG, loss_mean="prompt"):
               "sequence": lambda c: 1 / (len(completions) * len(c.tokens))}[loss_mean]
     return [Sequence(prompts[c.prompt], c.tokens, c.logprobs,
                      advantages_PG[c.prompt, c.sample].item(), weight(c)) for c in completions]
-
-
-def make_packs(sizes, costs, world, micro_tokens):
-    """Sequences dealt into packs of at most micro_tokens (or one sequence) and like costs, as many
-    on each rank: a list of lists of places, the costliest first, of which rank r takes every
-    world-th from the r-th."""
-    num_packs = world * max(1, math.ceil(sum(sizes) / (world * micro_tokens)))
-    while True:
-        packs = [[] for _ in range(num_packs)]
-        tokens, loads = [0] * num_packs, [0.0] * num_packs
-        for place in sorted(range(len(sizes)), key=lambda place: -costs[place]):
-            room = [p for p in range(num_packs)
-                    if not packs[p] or tokens[p] + sizes[place] <= micro_tokens]
-            if not room:
-                break
-            pack = min(room, key=loads.__getitem__)
-            packs[pack].append(place)
-            tokens[pack] += sizes[place]
-            loads[pack] += costs[place]
-        else:
-            return [packs[p] for p in sorted(range(num_packs), key=lambda p: -loads[p])]
-        num_packs += world
 
 
 def pack_tensors(sequences, device, fill=0):

@@ -611,6 +611,30 @@ def deal_evenly(items, ranks, size):
     return [mine[start:start + size] for start in range(0, most, size)]
 
 
+def make_packs(sizes, costs, world, micro_tokens):
+    """Items dealt into packs of at most micro_tokens (or one item) and like costs, as many on
+    each rank: a list of lists of places, the costliest first, of which rank r takes every
+    world-th from the r-th."""
+    sizes, costs = np.asarray(sizes, dtype=int), np.asarray(costs, dtype=float)
+    most = world * max(1, math.ceil(len(sizes) / world))  # an item each
+    num_packs = min(most, world * max(1, math.ceil(sizes.sum() / (world * micro_tokens))))
+    while True:
+        packs = [[] for _ in range(num_packs)]
+        tokens, loads = np.zeros(num_packs, dtype=int), np.zeros(num_packs)
+        for place in np.argsort(-costs, kind="stable").tolist():
+            has_room = (tokens == 0) | (tokens + sizes[place] <= micro_tokens)
+            if not has_room.any():
+                break
+            pack = int(np.where(has_room, loads, math.inf).argmin())
+            packs[pack].append(place)
+            tokens[pack] += sizes[place]
+            loads[pack] += costs[place]
+        else:
+            return [packs[pack] for pack in np.argsort(-loads, kind="stable")]
+        more = world * max(1, num_packs // (16 * world))  # thousands grow by a 16th
+        num_packs = min(num_packs + more, most)
+
+
 def next_token_loss(model, data, numbers, ranks, micro_rows, train):
     """Mean loss over the targets of rows `numbers` on all ranks; with train, its gradient."""
     parts = [[data.row(number) for number in part]

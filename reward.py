@@ -15,25 +15,30 @@ Where the paper (arXiv:2506.18841) is silent:
 3. The repetition penalty is the share of words inside a 13-word span that the text already had,
    nothing up to 0.1 and all from 0.4: human prose has none, and texts that loop have 0.3.
 4. The reward model reads the prompt and the answer, not the thinking, in ChatML, and its score
-   is taken at the last <|im_end|>.
+   is taken at the last <|im_end|>. It is trained on whole texts: a pair has two of any length in
+   one pass, and passes are filled by tokens, not by pairs.
 """
 import math
 import re
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
-from model import (InputError, load_config, load_for_sampling, load_for_training,
-                   load_tokenizer, parse_config, script, setup)
-from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
-                      train)
+from model import (InputError, flops_per_token, is_scorer, load_config, load_for_training,
+                   load_model, load_tokenizer, parse_config, script, setup)
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, make_optimizer, make_packs,
+                      print_plan, train)
 from sample import (LIMITS, count_words, find_answer, find_words, load_prompts, load_rows,
-                    render_chat)
+                    read_done, render_chat)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a judge
     pairs="toy/pairs.jsonl.gz",  # rows {"prompt", "chosen", "rejected"} to train on
-    val_pairs="",                # rows for the accuracy every eval_every steps
+    val_pairs="",                # rows for the accuracies every eval_every steps
     responses="",                # rows to score instead: {"index", "response", "completion"}
     prompts="",                  # prompt rows that give responses their length range
     template="think",            # which tags a completion should have: think, direct or chat
@@ -41,8 +46,9 @@ CONFIG = dict(
     out="out/reward",            # the run's folder
     steps=150,
     batch_pairs=32,              # pairs a step, over all ranks
-    micro_pairs=16,              # pairs a forward pass, on each rank
-    max_len=1024,                # tokens of a prompt and answer; the share cut is printed
+    micro_tokens=8192,           # tokens a forward pass, on each rank; a pair stays together
+    max_len=32_768,              # tokens of a prompt and answer, and at most the model's context;
+                                 # the share cut is printed
     centre=0.01,                 # weight of the squared sum of a pair's scores
     lr=3e-4,
     schedule="cosine",           # or constant, inverse_sqrt
@@ -50,6 +56,7 @@ CONFIG = dict(
 )
 NGRAM = 13                  # words; field practice for copies, and free of false alarms in prose
 DEAD_ZONE, FULL = 0.1, 0.4  # copied share at which the penalty starts and is complete
+RATIOS = 0.5, 0.8, 1.25, 2  # words of the chosen over words of the rejected: where accuracy splits
 
 
 # ---------------------------------------------------------------- length and format
@@ -105,48 +112,76 @@ def rule_rewards(completion, length, template="think", length_max=2.0, is_trunca
 
 # ---------------------------------------------------------------- writing
 
-def judged_tokens(tokenizer, prompt, answer, max_len):
-    """(tokens that a reward model reads, whether the answer had to be cut). A folder's own chat
-    template wins; either way the last token is the one that ends the assistant's turn."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    tokens = tokenizer.encode(render_chat(tokenizer, turns, False).rstrip(),
-                              add_special_tokens=False)
-    is_cut = len(tokens) > max_len
-    return (tokens[:max_len - 1] + tokens[-1:] if is_cut else tokens), is_cut
+def judged_tokens(tokenizer, texts, max_len):
+    """[(tokens that a reward model reads, whether they had to be cut)] of [(prompt, answer)]. A
+    folder's own chat template wins; the last token is always the one that ends the assistant's
+    turn."""
+    turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+             for prompt, answer in texts]
+    rendered = [render_chat(tokenizer, turn, False).rstrip() for turn in turns]
+    found = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] \
+        if rendered else []  # on all cores
+    return [(np.array(tokens if len(tokens) <= max_len else tokens[:max_len - 1] + tokens[-1:],
+                      dtype=np.int32), len(tokens) > max_len) for tokens in found]
 
 
 def score_packed(model, sequences, device):
-    """Scores (S,) of lists of tokens, in one forward pass."""
+    """Scores (S,) of sequences of tokens, in one forward pass."""
     sizes = torch.tensor([0] + [len(tokens) for tokens in sequences])
-    tokens = torch.tensor([token for tokens in sequences for token in tokens], device=device)
+    tokens = torch.tensor(np.concatenate(sequences), dtype=torch.long, device=device)
     return model(tokens, sizes.cumsum(0).to(device, torch.int32))
 
 
+def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None):
+    """Scores, a list, of sequences that all ranks have; collective, with as many forward passes
+    on each rank and like costs. Every `together` in a row share a pass. loss: of the scores of
+    a pass (groups, together), whose gradient is left; their sum over passes and ranks counts."""
+    lengths = np.array([len(tokens) for tokens in sequences], dtype=int).reshape(-1, together)
+    costs = (lengths * flops_per_token(model.config, lengths)).sum(1)
+    packs = make_packs(lengths.sum(1), costs, ranks.world, micro_tokens)[ranks.rank::ranks.world]
+    found = []
+    for pack in packs:
+        part = [sequences[together * place + i] for place in pack for i in range(together)]
+        with torch.set_grad_enabled(loss is not None):  # a rank without work takes part
+            scores = score_packed(model, part or [[0]], ranks.device)[:len(part)]
+        if loss:  # FSDP averages over ranks; the loss is a sum
+            (loss(scores.view(-1, together)) * ranks.world).backward()
+        found.append(scores.detach())
+    places = [together * place + i for pack in packs for place in pack for i in range(together)]
+    scored = ranks.gather(list(zip(places, torch.cat(found).tolist())))
+    return [score for _, score in sorted(scored)]
+
+
 class WritingModel:
-    """A Qwen2 folder with a score head, as a judge of answers."""
+    """A Qwen2 folder with a score head, as a judge of answers. Sharded over the ranks as the
+    policy is; plain on one CPU process."""
 
     def __init__(self, folder, ranks):
         _, config = load_config(folder)
-        if config["architectures"][0] != "Qwen2ForSequenceClassification":
+        if not is_scorer(config):
             raise InputError(f"{folder}: expected architecture Qwen2ForSequenceClassification, "
                              f"found {config['architectures'][0]}")
-        self.model = load_for_sampling(folder, ranks)
+        is_cuda = ranks.device.type == "cuda"
+        self.model = load_model(folder, ranks.device, torch.bfloat16 if is_cuda else torch.float32,
+                                ranks=ranks if is_cuda or ranks.world > 1 else None)
         self.tokenizer = load_tokenizer(folder)
-        self.max_len, self.device = config["max_position_embeddings"], ranks.device
+        self.max_len, self.ranks = config["max_position_embeddings"], ranks
 
-    @torch.no_grad()
     def score(self, prompts, answers, pack_tokens=16_384):
-        """A score for each answer to its prompt; higher is better, on the model's own scale."""
-        sequences = [judged_tokens(self.tokenizer, prompt, answer, self.max_len)[0]
-                     for prompt, answer in zip(prompts, answers)]
-        scores, pack, size = [], [], 0
-        for tokens in sequences:
-            if pack and size + len(tokens) > pack_tokens:
-                scores += score_packed(self.model, pack, self.device).tolist()
-                pack, size = [], 0
-            pack.append(tokens)
-            size += len(tokens)
-        return scores + (score_packed(self.model, pack, self.device).tolist() if pack else [])
+        """A score for each answer to its prompt; higher is better, on the model's own scale.
+        Collective: each rank comes with texts of its own, or none, and all share the work."""
+        mine = judged_tokens(self.tokenizer, list(zip(prompts, answers)), self.max_len)
+        first = sum(self.ranks.gather([len(mine)])[:self.ranks.rank])
+        everyone = self.ranks.gather(mine)
+        num_cut = sum(is_cut for _, is_cut in everyone)
+        if num_cut and self.ranks.rank == 0:
+            tqdm.write(f"{num_cut} of {len(everyone)} texts cut at {self.max_len} tokens, the "
+                       "reward model's context")
+        scores = score_sequences(self.model, [tokens for tokens, _ in everyone], self.ranks,
+                                 pack_tokens)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # without a backward pass the root stays gathered
+        return scores[first:first + len(mine)]
 
 
 # ---------------------------------------------------------------- Bradley-Terry training
@@ -155,72 +190,146 @@ def pair_row(row, number):
     for key in ("prompt", "chosen", "rejected"):
         if not isinstance(row.get(key), str):
             raise ValueError(f"expected a text under {key!r}, found columns {sorted(row)}")
+        row[key].encode()  # half a surrogate pair is JSON, and no text
     return row["prompt"], row["chosen"], row["rejected"]
 
 
-def load_pairs(path, tokenizer, max_len):
-    """[(chosen tokens, rejected tokens)], and the share of answers that had to be cut."""
-    pairs = [[judged_tokens(tokenizer, prompt, answer, max_len) for answer in answers]
-             for prompt, *answers in load_rows(path, pair_row)]
-    cut = sum(is_cut for pair in pairs for _, is_cut in pair) / (2 * len(pairs))
-    return [[tokens for tokens, _ in pair] for pair in pairs], cut
+def tokenise_pairs(rows, tokenizer, max_len, ranks, name, batch=64):
+    """[(chosen tokens, rejected tokens)] of rows (prompt, chosen, rejected), and the share of
+    texts that had to be cut. Each rank reads its share; a text that is in many pairs is read
+    once. Collective."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(
+        (prompt, answer) for prompt, *answers in rows for answer in answers))}
+    texts, found = list(places), {}
+    with tqdm(total=len(texts), desc=f"tokens of {Path(name).name}", unit=" texts",
+              disable=ranks.rank > 0) as bar:
+        for start in range(0, len(texts), batch * ranks.world):
+            end = min(start + batch * ranks.world, len(texts))
+            mine = range(start + ranks.rank, end, ranks.world)
+            tokens = judged_tokens(tokenizer, [texts[place] for place in mine], max_len)
+            found |= ranks.gather(list(zip(mine, tokens)))
+            bar.update(end - start)
+    pairs = [[found[places[prompt, answer]][0] for answer in answers] for prompt, *answers in rows]
+    return pairs, sum(is_cut for _, is_cut in found.values()) / len(found)
 
 
-def pair_loss(model, pairs, ranks, micro_pairs, centre, train):
-    """(mean Bradley-Terry loss, accuracy) over the pairs of all ranks; with train, gradients.
+def draw_pairs(pairs, batch_pairs, step, seed):
+    """The pairs of 1-based step: all come once an epoch, each epoch in a new order."""
+    epochs, places = np.divmod(np.arange((step - 1) * batch_pairs, step * batch_pairs), len(pairs))
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(pairs))
+              for epoch in set(epochs.tolist())}
+    return [pairs[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places)]
 
-    -log sigmoid(chosen - rejected) + centre * (chosen + rejected)^2, both answers of a pair in
-    one packed pass; the second term fixes the scale's origin (arXiv:2312.09244)."""
-    sums = torch.zeros(2)
-    for part in deal_evenly(pairs, ranks, micro_pairs):
-        counts = float(bool(part))  # a rank without pairs takes part all the same
-        with torch.set_grad_enabled(train):
-            scores = score_packed(model, [tokens for pair in part or pairs[:1] for tokens in pair],
-                                  ranks.device).view(-1, 2)
-            chosen, rejected = scores.unbind(1)
-            loss = -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected) ** 2
-            loss = counts * loss.sum() / len(pairs)
-        if train:
-            (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
-        right = counts * (chosen > rejected).sum().item() / len(pairs)
-        sums += torch.tensor([loss.item(), right])
-    return torch.tensor(ranks.gather([sums.tolist()])).sum(0).tolist()
+
+def bradley_terry(scores_P2, centre):
+    """-log sigmoid(chosen - rejected) + centre * (chosen + rejected)^2 of each pair, (P,); the
+    second term fixes the scale's origin (arXiv:2312.09244)."""
+    chosen, rejected = scores_P2.unbind(1)
+    return -F.logsigmoid(chosen - rejected) + centre * (chosen + rejected) ** 2
+
+
+def leave_gradient(model, pairs, ranks, micro_tokens, centre):
+    """Scores (P, 2) of pairs, chosen first; leaves the gradient of their mean loss. Collective."""
+    loss = lambda scores: bradley_terry(scores, centre).sum() / len(pairs)
+    texts = [tokens for pair in pairs for tokens in pair]
+    return torch.tensor(score_sequences(model, texts, ranks, micro_tokens, 2, loss)).view(-1, 2)
+
+
+def score_pairs(model, pairs, ranks, micro_tokens):
+    """Scores (P, 2) of pairs, chosen first, each text scored once. Collective."""
+    texts = {id(tokens): tokens for pair in pairs for tokens in pair}
+    scores = dict(zip(texts, score_sequences(model, list(texts.values()), ranks, micro_tokens)))
+    return torch.tensor([[scores[id(tokens)] for tokens in pair] for pair in pairs])
+
+
+def share_right(scores_P2):
+    """Share of pairs whose chosen text scores higher; a tie is half right, no pairs are NaN."""
+    return (scores_P2[:, 0] - scores_P2[:, 1]).sign().add(1).div(2).mean().item()
+
+
+def length_ratios(rows):
+    """(P,) words of the chosen over words of the rejected."""
+    words = {answer: count_words(answer) + 1 for _, *answers in rows for answer in answers}
+    return torch.tensor([words[chosen] / words[rejected] for _, chosen, rejected in rows])
+
+
+def ratio_buckets(ratios):
+    """{name: (P,) mask} of pairs by length ratio, and of those whose chosen is the shorter."""
+    edges = [0, *RATIOS, math.inf]
+    return {"chosen_shorter": ratios < 1} | {
+        f"ratio_{low:g}_to_{high:g}": (low <= ratios) & (ratios < high)
+        for low, high in zip(edges, edges[1:])}
+
+
+def val_row(scores_P2, ratios, centre):
+    """The log's val_*: loss, accuracy of all and by length ratio, and of the rule that the longer
+    text wins, which any accuracy has to beat."""
+    return {"val_loss": bradley_terry(scores_P2, centre).mean().item(),
+            "val_accuracy": share_right(scores_P2)} | {
+        f"val_accuracy/{name}": share_right(scores_P2[mask])
+        for name, mask in ratio_buckets(ratios).items()} | {
+        "val_longer_wins": share_right(torch.stack([ratios.log(), -ratios.log()], 1))}
+
+
+def print_accuracies(log, ratios):
+    """The last evaluation of a run, if it came to one, as a table."""
+    rows = [row for row in read_done(log) if "val_loss" in row]
+    if not rows:
+        return
+    row = rows[-1]
+    counts = {f"val_accuracy/{name}": int(mask.sum())
+              for name, mask in ratio_buckets(ratios).items()}
+    print(f"\n{'step ' + str(row['step']):<34}{'pairs':>8}{'':>10}")
+    for key in [key for key in row if key.startswith("val_")]:
+        value = "none" if row[key] is None else f"{row[key]:.3f}"
+        print(f"{key:<34}{counts.get(key, len(ratios)):>8}{value:>10}")
+
+
+def scorer_config(folder, config, tokenizer):
+    """A folder's config with a score head. transformers reads the score at the last token that is
+    not padding, so that padding must not be the token that ends a turn, nor be missing."""
+    end = int(judged_tokens(tokenizer, [("", "")], 999)[0][0][-1])
+    pad = tokenizer.pad_token_id
+    if pad is None or pad == end:
+        raise InputError(f"{folder}: expected a pad_token that no text ends with, found "
+                         f"{tokenizer.pad_token!r}; set it in tokenizer_config.json")
+    return config | {"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1,
+                     "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad}
 
 
 def train_reward_model(config):
     ranks = setup()
-    if config["batch_pairs"] % ranks.world:
-        raise InputError(f"batch_pairs={config['batch_pairs']}: expected a multiple of the "
-                         f"{ranks.world} ranks")
-    _, model_config = load_config(config["model"])
+    _, found = load_config(config["model"])
     tokenizer = load_tokenizer(config["model"])
-    pairs, cut = load_pairs(config["pairs"], tokenizer, config["max_len"])
-    val_pairs = load_pairs(config["val_pairs"], tokenizer, config["max_len"])[0] \
-        if config["val_pairs"] else []
-    # transformers finds the last token by skipping pad tokens, so the pad must not be <|im_end|>
-    model_config |= {"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1,
-                     "id2label": {"0": "score"}, "label2id": {"score": 0},
-                     "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+    model_config = scorer_config(config["model"], found, tokenizer)
+    max_len = min(config["max_len"], found["max_position_embeddings"])
+    files = [config[key] for key in ("pairs", "val_pairs") if config[key]]
+    rows = [load_rows(file, pair_row) for file in files]
+    (pairs, cut), *rest = [tokenise_pairs(part, tokenizer, max_len, ranks, file)
+                           for part, file in zip(rows, files)]
     model = load_for_training(config, ranks, config=model_config,
-                              new={"score.weight"})
+                              new=set() if is_scorer(found) else {"score.weight"})
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
     if ranks.rank == 0:
-        print(f"{len(pairs)} pairs, {cut:.1%} of the answers cut at {config['max_len']} tokens")
-    loss = lambda pairs, is_training: dict(zip(("loss", "accuracy"), pair_loss(
-        model, pairs, ranks, config["micro_pairs"], config["centre"], is_training)))
+        print(f"{len(pairs)} pairs, {cut:.1%} of their texts cut at {max_len} tokens")
+    content = [content_key([file], tokenizer) for file in files]
+    run, batch = Run(config | {"data_content": content}, ranks), config["batch_pairs"]
+    options = ranks, config["micro_tokens"]
 
     def accumulate(step):
-        generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
-        places = torch.randint(len(pairs), (config["batch_pairs"],), generator=generator)
-        return loss([pairs[place] for place in places], True)
+        drawn = draw_pairs(pairs, batch, step, config["seed"])
+        scores = leave_gradient(model, drawn, *options, config["centre"])
+        return {"loss": bradley_terry(scores, config["centre"]).mean().item(),
+                "accuracy": share_right(scores)}
 
-    def validate():
-        return {f"val_{key}": value for key, value in loss(val_pairs, False).items()}
-
+    ratios = length_ratios(rows[-1]) if rest else None
+    validate = lambda: val_row(score_pairs(model, rest[0][0], *options), ratios, config["centre"])
     mean_tokens = sum(len(tokens) for pair in pairs for tokens in pair) / len(pairs)
-    train(Run(config, ranks), model, optimizer, accumulate, validate if val_pairs else dict,
+    train(run, model, optimizer, accumulate, validate if rest else dict,
           {"loss": ["loss", "val_loss"], "accuracy": ["accuracy", "val_accuracy"]},
-          tokens=config["batch_pairs"] * mean_tokens, length=mean_tokens / 2)
+          tokens=batch * mean_tokens, length=mean_tokens / 2)
+    if rest and ranks.rank == 0:
+        print_accuracies(run.folder / "log.jsonl", ratios)
 
 
 # ---------------------------------------------------------------- a table of responses
@@ -260,11 +369,13 @@ def print_components(config):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
-        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6,
+        batch_pairs=1, micro_tokens=1, max_len=8, centre=0, length_max=1 + 1e-6,
         template=LIMITS["template"]))
     if config["plan"]:
-        print_plan(config, 2 * config["batch_pairs"] * config["max_len"],
-                   2 * config["micro_pairs"] * config["max_len"], config["max_len"],
+        length = min(config["max_len"],
+                     load_config(config["model"])[1]["max_position_embeddings"])
+        print_plan(config, 2 * config["batch_pairs"] * length,
+                   max(2 * length, config["micro_tokens"]), length,
                    {"architectures": ["Qwen2ForSequenceClassification"]})
     elif config["responses"]:
         print_components(config)

@@ -970,11 +970,11 @@ def test_a_little_repetition_costs_nothing(monkeypatch):
 
 def test_a_text_that_is_too_long_keeps_its_last_token(policy):
     """A score read from the middle of a sentence, where training read it at the end's token."""
-    tokenizer = load_tokenizer(policy)
-    whole, is_cut = reward.judged_tokens(tokenizer, "think", "before you write " * 9, 999)
-    part, was_cut = reward.judged_tokens(tokenizer, "think", "before you write " * 9, 20)
-    assert not is_cut and was_cut and len(part) == 20
-    assert part == whole[:19] + whole[-1:]
+    tokenizer, text = load_tokenizer(policy), ("think", "before you write " * 9)
+    (whole, is_cut), = reward.judged_tokens(tokenizer, [text], 999)
+    (short, _), (part, was_cut) = reward.judged_tokens(tokenizer, [("a", ""), text], 20)
+    assert not is_cut and was_cut and len(part) == 20 > len(short)
+    assert part.tolist() == [*whole[:19], whole[-1]] and short[-1] == part[-1]
 
 
 @pytest.fixture(scope="module")
@@ -989,38 +989,181 @@ def judge(policy, tmp_path_factory):
     return folder / "run"
 
 
+def judged_by_transformers(folder, texts, **padding):
+    """Scores of [(prompt, answer)] in one padded batch."""
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    rendered = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+                for prompt, answer in texts]
+    batch = load_tokenizer(folder)(rendered, return_tensors="pt", **padding)
+    with torch.no_grad():
+        return theirs(**batch).logits[:, 0]
+
+
+TEXTS = [("Hi", "good good"), ("Say 3", ""), ("面", "bad " * 30), ("Say 1\n", "good bad\n" * 9)]
+
+
 def test_a_trained_reward_model_scores_as_transformers_does(judge):
     """Pooling at another token than transformers', a pad token that hides the last one, a score
-    head that is not in the folder; and a trainer that does not train."""
+    head that is not in the folder; positions or neighbours that padding shifts; and a trainer
+    that does not train."""
     log = read_log(judge)
     assert log[-1]["val_accuracy"] > 0.9 and log[-1]["val_loss"] < log[0]["loss"]
     ours = reward.WritingModel(str(judge / "latest"), ALONE)
+    packed, *alone = [torch.tensor(ours.score(*zip(*texts))) for texts in
+                      (TEXTS, *([text] for text in TEXTS))]
+    assert packed.std() > 0.1
+    assert_close(torch.cat(alone), packed, atol=1e-5, rtol=0)
+    assert_close(torch.tensor(ours.score(*zip(*TEXTS), pack_tokens=1)), packed, atol=1e-5, rtol=0)
+    for side in ("left", "right"):
+        expected = judged_by_transformers(judge / "latest", TEXTS, padding=True, padding_side=side)
+        assert_close(packed, expected, atol=1e-4, rtol=0)
+
+
+def score_shares(ranks, folder, texts):
+    """What each rank's WritingModel says of its share, then of none at all; its forward passes,
+    and how many numbers of the model it holds."""
+    ours, passes = reward.WritingModel(folder, ranks), []
+    ours.model.register_forward_hook(lambda *_: passes.append(1))
+    mine = texts[ranks.rank::ranks.world]
+    scores = ours.score([prompt for prompt, _ in mine], [answer for _, answer in mine], 60)
+    nothing = ours.score([], [])
+    held = sum(p.to_local().numel() for p in ours.model.parameters())
+    return scores, nothing, len(passes), held
+
+
+def gradient_of_pairs(ranks, folder, pairs, micro_tokens):
+    """(scores, gradient) of Bradley-Terry training on all ranks."""
+    ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
+    evaluated = reward.score_pairs(ours, pairs, ranks, micro_tokens)
+    scores = reward.leave_gradient(ours, pairs, ranks, micro_tokens, 0.1)
+    assert_close(evaluated, scores, atol=1e-5, rtol=0)
+    return scores, {name: p.grad.full_tensor() if ranks.world > 1 else p.grad
+                    for name, p in ours.named_parameters()}
+
+
+def judge_on_ranks(ranks, folder, texts, pairs):
+    return score_shares(ranks, folder, texts), gradient_of_pairs(ranks, folder, pairs, 40)
+
+
+@pytest.fixture(scope="module")
+def pair_gradient(judge):
+    """(pairs, scores, gradient) by transformers, a text at a time."""
+    pairs = [random_sequences([5 + 7 * seed, 9], 300, seed) for seed in range(5)]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(judge / "latest")
-    prompts, answers = ["Hi", "Say 3", "面"], ["good good", "", "bad " * 30]
-    texts = [f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>"
-             for p, a in zip(prompts, answers)]
-    batch = load_tokenizer(judge / "latest")(texts, padding=True, padding_side="right",
-                                             return_tensors="pt")
-    with torch.no_grad():
-        expected = theirs(**batch).logits[:, 0]
-    for pack_tokens in (1, 10_000):
-        scores = torch.tensor(ours.score(prompts, answers, pack_tokens))
-        assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+    scores = torch.stack([torch.cat([theirs(torch.tensor([tokens])).logits[0] for tokens in pair])
+                          for pair in pairs])
+    chosen, rejected = scores.T
+    (torch.log1p(torch.exp(rejected - chosen)) + 0.1 * (chosen + rejected) ** 2).mean().backward()
+    return pairs, scores.detach(), {name: p.grad for name, p in theirs.named_parameters()}
 
 
-def test_the_pair_loss_is_bradley_terry(judge):
-    """A sign, a mean over micro-batches instead of pairs, or a centring term that dominates."""
-    ours = reward.WritingModel(str(judge / "latest"), ALONE).model
-    pairs = [random_sequences([5, 9], 300, seed) for seed in range(5)]
-    chosen, rejected = torch.stack([reward.score_packed(ours, pair, "cpu") for pair in pairs]).T
-    expected = (torch.log1p(torch.exp(rejected - chosen)) + 0.1 * (chosen + rejected) ** 2).mean()
-    gradient, = torch.autograd.grad(expected, [ours.score.weight])
-    for micro_pairs in (1, 2, 5):
-        ours.zero_grad()
-        loss, accuracy = reward.pair_loss(ours, pairs, ALONE, micro_pairs, 0.1, True)
-        assert loss == pytest.approx(expected.item(), abs=1e-5)
-        assert accuracy == pytest.approx((chosen > rejected).float().mean().item())
-        assert_close(ours.score.weight.grad, gradient, atol=1e-5, rtol=1e-4)
+def check_pairs(found, pair_gradient):
+    _, scores, gradient = pair_gradient
+    assert_close(found[0], scores, atol=1e-5, rtol=1e-4)
+    for name, expected in gradient.items():
+        assert_close(found[1][name], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 10_000])
+def test_the_pair_loss_is_bradley_terry(micro_tokens, judge, pair_gradient):
+    """A sign, a mean over micro-batches instead of pairs, a pair torn apart, scores in the order
+    of the packs, or a centring term that dominates."""
+    found = gradient_of_pairs(ALONE, str(judge / "latest"), pair_gradient[0], micro_tokens)
+    check_pairs(found, pair_gradient)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_score_and_train_as_one_process_does(world, judge, pair_gradient):
+    """A reward model whole on every rank, a rank without texts that hangs the others or gets the
+    scores of another, a gradient that counts a dummy pass or loses a rank."""
+    texts, folder = TEXTS[:3], str(judge / "latest")
+    expected = judged_by_transformers(folder, texts, padding=True, padding_side="right")
+    whole = network.count_parameters(network.load_config(folder)[1])
+    replies = run_on_ranks(world, judge_on_ranks, folder, texts, pair_gradient[0])
+    for rank, ((scores, nothing, num_passes, held), trained) in enumerate(replies):
+        assert_close(torch.tensor(scores), expected[rank::world], atol=1e-4, rtol=0)
+        assert nothing == [] and num_passes == replies[0][0][2] and held < 1.2 * whole / world
+        check_pairs(trained, pair_gradient)
+
+
+def test_a_pair_stays_whole_and_each_text_is_read_once(policy, monkeypatch):
+    """Endings lost at 1,024 tokens, a story tokenised again for each of its pairs, tokens of one
+    text under another, a share cut that counts pairs."""
+    tokenizer, honest, read = load_tokenizer(policy), reward.judged_tokens, []
+    monkeypatch.setattr(reward, "judged_tokens", lambda tokenizer, texts, max_len:
+                        read.extend(texts) or honest(tokenizer, texts, max_len))
+    answers = [f"{n} " * (1 + 900 * (n == 1)) for n in range(4)]
+    rows = [("p", a, b) for a, b in itertools.combinations(answers, 2)] + [("q", *answers[2:])]
+    pairs, cut = reward.tokenise_pairs(rows, tokenizer, 1500, ALONE, "rows", batch=4)
+    assert len(read) == len(set(read)) == 6 and cut == 1 / 6
+    for (prompt, *texts), pair in zip(rows, pairs):
+        for text, tokens in zip(texts, pair):
+            whole = tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n"
+                                     f"<|im_start|>assistant\n{text}<|im_end|>")
+            assert tokens.tolist() == (whole if text != answers[1] else whole[:1499] + whole[-1:])
+
+
+def test_every_pair_comes_once_an_epoch():
+    """Pairs drawn with replacement: a third of dear human judgements never seen."""
+    steps = [reward.draw_pairs(range(9), 6, step, 0) for step in range(1, 7)]
+    epochs = np.reshape(steps, (4, 9)).tolist()
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+
+
+def test_accuracies_equal_a_plain_count(judge, tmp_path, capsys):
+    """An accuracy that a tie wins, or that hides what length explains; buckets that lose a pair;
+    a table of another evaluation than the last."""
+    rng = random.Random(0)
+    rows = [("p", *(" ".join(["word"] * rng.choice([1, 3, 4, 5, 9])) for _ in "ab"))
+            for _ in range(300)]
+    scores = torch.tensor([[rng.choice([0.0, 1.0, 2.0]) for _ in "ab"] for _ in rows])
+    found = reward.val_row(scores, reward.length_ratios(rows), 0.1)
+
+    def accuracy(rule, of=lambda ratio: True):
+        won = [1.0 if rule(place) > 0 else 0.5 * (rule(place) == 0) for place in range(300)
+               if of((1 + rows[place][1].count("w")) / (1 + rows[place][2].count("w")))]
+        return pytest.approx(sum(won) / len(won)) if won else None
+
+    by_score = lambda place: scores[place, 0] - scores[place, 1]
+    assert found["val_accuracy"] == accuracy(by_score)
+    assert found["val_accuracy/chosen_shorter"] == accuracy(by_score, lambda ratio: ratio < 1)
+    assert found["val_accuracy/ratio_0.8_to_1.25"] == accuracy(
+        by_score, lambda ratio: 0.8 <= ratio < 1.25)
+    assert found["val_longer_wins"] == accuracy(
+        lambda place: len(rows[place][1]) - len(rows[place][2]))
+    assert sum(int(mask.sum()) for name, mask in reward.ratio_buckets(
+        reward.length_ratios(rows)).items() if name != "chosen_shorter") == 300
+    log = read_log(judge)[-1]
+    reward.print_accuracies(judge / "log.jsonl", torch.full((40,), 2.5))
+    table = capsys.readouterr().out
+    assert {key for key in log if key.startswith("val_")} == set(found)
+    assert f"{log['val_loss']:.3f}" in table and f"step {log['step']}" in table
+    reward.print_accuracies(write_lines(tmp_path / "log.jsonl", [{"step": 1}]), torch.ones(40))
+
+
+def test_a_pad_token_that_ends_texts_is_refused(policy, tmp_path, capsys):
+    """transformers would skip it and read the score elsewhere, in silence."""
+    folder = tmp_path / "model"
+    shutil.copytree(policy, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {
+        "pad_token": "<|im_end|>"}))
+    pairs = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
+    arguments = [f"model={folder}", f"pairs={pairs}", f"out={tmp_path / 'run'}"]
+    check_error(reward.main, arguments, "'<|im_end|>'", capsys)
+    pairs.write_text('{"prompt": "", "chosen": "\\ud800", "rejected": "b"}\n')
+    check_error(reward.main, [f"model={policy}", *arguments[1:]], "pairs.jsonl:1", capsys)
+
+
+def test_a_reward_model_can_be_trained_further(judge, tmp_path):
+    """A score head that starts at zero again."""
+    pairs = write_lines(tmp_path / "pairs.jsonl", [
+        {"prompt": "Say 1", "chosen": "good", "rejected": "bad"}])
+    reward.main([f"model={judge / 'latest'}", f"pairs={pairs}", f"out={tmp_path / 'run'}",
+                 "steps=1", "lr=0", "batch_pairs=2"])
+    assert same(weights_of(tmp_path / "run"), weights_of(judge))
+    assert read_log(tmp_path / "run")[0]["accuracy"] == 1
 
 
 # ---------------------------------------------------------------- pretrain: rows, loss, runs
@@ -1680,14 +1823,17 @@ def test_variants_of_the_loss_equal_hand_written_ones(loss_mean, by_sequence, cl
 
 def test_packs_hold_all_within_their_tokens_at_like_costs():
     """A pack that no memory holds, a sequence lost, ranks that wait for the one with the long
-    texts, or that meet in different numbers of collectives."""
+    texts, or that meet in different numbers of collectives; empty packs because texts are longer
+    than a pack."""
     rng = random.Random(0)
-    for sizes in ([rng.randrange(1, 2000) for _ in range(200)], [5], [], [3000, 10, 10]):
+    for sizes in ([rng.randrange(1, 2000) for _ in range(200)], [5], [], [3000, 10, 10],
+                  [20_000] * 5):
         costs = [size * (1 + size / 500) for size in sizes]
-        packs = grpo.make_packs(sizes, costs, 4, 2500)
+        packs = pretrain.make_packs(sizes, costs, 4, 2500)
         assert sorted(sum(packs, [])) == list(range(len(sizes))) and len(packs) % 4 == 0
         assert all(sum(sizes[p] for p in pack) <= 2500 or len(pack) == 1 for pack in packs)
-    packs = grpo.make_packs(sizes := [rng.randrange(1, 2000) for _ in range(200)],
+        assert packs.count([]) < 4 or not sizes
+    packs = pretrain.make_packs(sizes := [rng.randrange(1, 2000) for _ in range(200)],
                             costs := [size * (1 + size / 500) for size in sizes], 4, 2500)
     loads = np.array([sum(costs[p] for p in pack) for pack in packs]).reshape(-1, 4)
     wall = loads.max(1).sum()  # a micro-batch is over when its slowest rank is

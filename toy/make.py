@@ -249,8 +249,7 @@ def main(argv):
     write_rows(out / "pairs.jsonl.gz", pairs[:1000])  # a sample, for reward.py's default run
     reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
-                 f"steps={config['reward_steps']}", "batch_pairs=48", "micro_pairs=24", "lr=1e-3",
-                 *shared])
+                 f"steps={config['reward_steps']}", "batch_pairs=48", "lr=1e-3", *shared])
     publish(work / "mixed", out / "policy")
     publish(work / "reward", out / "reward")
 
