@@ -35,13 +35,15 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, print_plan)
-from reward import WritingModel, rule_rewards
+from reward import is_url, open_writing, rule_rewards
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
-    reward_model="toy/reward",     # folder with a score head; "" leaves writing out
+    reward_model="toy/reward",     # folder with a score head, or the URL of a judge; "" for none
+    judge_model="",                # the judge's name there; its answers go to out/judge.jsonl
+    concurrency=16,                # questions that each rank has under way at the judge
     prompts="toy/prompts.jsonl",   # rows {"id", "prompt", "length": [lo, hi]}
     eval_prompts="toy/held_out.jsonl",
     columns={},                    # other names of "id", "prompt", "length"
@@ -432,7 +434,9 @@ class Trainer:
         if config["kl"]:
             self.reference = load_for_training(config, ranks).requires_grad_(False)
             self.reference.num_tokens = self.model.num_tokens
-        self.judge = WritingModel(config["reward_model"], ranks) if config["reward_model"] else None
+        self.judge = config["reward_model"] and open_writing(
+            config["reward_model"], ranks, config["judge_model"],
+            f"{config['out']}/judge.jsonl", config["concurrency"])
         self.rows, self.prompts = self.load_prompts("prompts")
         self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
         self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
@@ -578,7 +582,7 @@ def plan(config):
     length, (_, found) = config["max_tokens"], load_config(config["model"])
     sampler = sampling_plan(found, 1, length)
     sampler["cache of all slots"] = config["slots"] * sampler.pop("cache of one completion")
-    if config["reward_model"]:
+    if config["reward_model"] and not is_url(config["reward_model"]):
         sampler["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1])
     print_plan(config, config["num_prompts"] * config["num_samples"] * length,
                max(length, config["micro_tokens"]), length, **sampler)
@@ -588,8 +592,8 @@ def plan(config):
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
-        micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1), clip_high=0,
-        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0))
+        concurrency=1, micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1),
+        clip_high=0, loss_mean=["prompt", "token", "sequence"], kl=0, resample=0))
     if config["num_prompts"] < config["updates"]:
         raise InputError(f"updates={config['updates']}: expected at most num_prompts="
                          f"{config['num_prompts']}")
