@@ -1,6 +1,7 @@
 """The three rewards of long writing, length, format and writing, and the trainer of the third.
 
-    python reward.py responses=responses.jsonl prompts=rows.jsonl     # a table of all components
+    python reward.py responses=responses.jsonl prompts=rows.jsonl     # a table and a page
+    python reward.py responses=responses.jsonl model=http://localhost:8000/v1 judge_model=NAME
     python reward.py pairs=pairs.jsonl model=FOLDER out=out/reward    # train a reward model
     torchrun --nproc_per_node 8 reward.py pairs=pairs.jsonl model=FOLDER
 
@@ -24,6 +25,7 @@ import asyncio
 import collections
 import fcntl
 import hashlib
+import html
 import json
 import math
 import os
@@ -39,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (InputError, load_config, load_for_sampling, load_for_training,
+from model import (InputError, is_scorer, load_config, load_for_sampling, load_for_training,
                    load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
                       train)
@@ -47,7 +49,10 @@ from sample import (LIMITS, WORD, append_rows, count_words, find_answer, find_wo
                     load_rows, read_done, render_chat)
 
 CONFIG = dict(
-    model="toy/policy",          # training: the language model to start from; scoring: a judge
+    model="toy/policy",          # training: the language model to start from; scoring: a folder
+                                 # with a score head, or the URL of a judge
+    judge_model="",              # the judge's name there; its answers go to out/judge.jsonl
+    concurrency=16,              # questions under way at the judge
     pairs="toy/pairs.jsonl.gz",  # rows {"prompt", "chosen", "rejected"} to train on
     val_pairs="",                # rows for the accuracy every eval_every steps
     responses="",                # rows to score instead: {"index", "response", "completion"}
@@ -501,6 +506,105 @@ def open_writing(name, ranks, judge_model, path, concurrency):
     return WritingModel(name, ranks)
 
 
+# ---------------------------------------------------------------- pages: texts to look at
+
+STYLE = """\
+:root{color-scheme:light dark;--line:#8885;--soft:#8882;--mark:#fc06;--c0:#3b78c4;--c1:#d1662a;
+--c2:#3a9a5b;--c3:#9a55b8;--c4:#b8962a;--c5:#c4487b}
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.3rem 0}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}small,.soft{opacity:.7;font-weight:400}
+details{border:1px solid var(--line);border-radius:.4rem;margin:.3rem 0;padding:.3rem .6rem}
+summary{cursor:pointer;overflow-wrap:anywhere}mark{background:var(--mark);color:inherit}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);padding:.6rem;
+border-radius:.4rem;margin:.5rem 0;max-height:32rem;overflow-y:auto}
+.bar{position:relative;display:inline-block;width:9rem;height:.9rem;background:var(--soft);
+vertical-align:middle}.bar i{position:absolute;top:0;bottom:0;background:var(--c0)}
+.bar b{position:absolute;top:.35rem;height:.2rem;background:currentColor}
+.cells{display:inline-flex;vertical-align:middle}.cells i{width:1rem;height:1rem}
+svg{max-width:100%;height:auto;font-size:11px;fill:currentColor}svg line{stroke:var(--line)}"""
+
+
+class Markup(str):
+    """HTML, which is not escaped again."""
+
+
+def escape(part):
+    return part if isinstance(part, Markup) else Markup(html.escape(clean(str(part))))
+
+
+def join(parts):
+    return Markup("".join(map(escape, parts)))
+
+
+def tag(name, *parts, **attributes):
+    """<name attributes>parts</name>, where whatever is not Markup is shown as it is written."""
+    told = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"'
+                   for key, value in attributes.items())
+    return Markup(f"<{name}{told}>{join(parts)}</{name}>")
+
+
+def page(title, *parts):
+    """One static document. The policy in its head lets nothing run and nothing load."""
+    head = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+                  '<meta http-equiv="Content-Security-Policy" '
+                  "content=\"default-src 'none'; style-src 'unsafe-inline'\">")
+    return "<!doctype html>\n" + tag("html", tag("head", head, tag("title", title), tag(
+        "style", Markup(STYLE))), tag("body", tag("h1", title), *parts), lang="en")
+
+
+def table(head, rows):
+    cells = lambda name, row: tag("tr", *(tag(name, part) for part in row))
+    return tag("div", tag("table", cells("th", head), *(cells("td", row) for row in rows)),
+               class_="wide")
+
+
+def marked(text, spans):
+    """The text with its spans [(start, end)] of characters highlighted."""
+    parts, place = [], 0
+    for start, end in spans:
+        parts += [text[place:start], tag("mark", text[start:end])]
+        place = end
+    return tag("div", *parts, text[place:], class_="text")
+
+
+def bar(value, low, high, least, most):
+    """A bar from least to value on the scale least..most, with a line over its interval."""
+    at = lambda x: 100 * min(1.0, max(0.0, (x - least) / (most - least)))
+    style = [f"left:{at(a):.1f}%;width:{max(0.5, at(b) - at(a)):.1f}%"
+             for a, b in ((least, value), (low, high))]
+    return tag("span", tag("i", style=style[0]), tag("b", style=style[1]), class_="bar")
+
+
+def scatter(points, x_name, y_name, size=(440, 300)):
+    """points {name: [(x, y)]} on logarithmic axes of one scale, the diagonal drawn; 0 is at the
+    edge."""
+    every = [max(1, x) for pairs in points.values() for pair in pairs for x in pair] or [1]
+    low, high = (math.log10(every[0]) for every in ([min(every)], [max(every) * 1.1 + 1]))
+    place = lambda x: (math.log10(max(1, x, 10 ** low)) - low) / (high - low)
+    left, bottom = 48, size[1] - 36
+    at = lambda x, y: (left + place(x) * (size[0] - left - 8), bottom - place(y) * (bottom - 8))
+    parts = []
+    for tick in [d * 10 ** e for e in range(8) for d in (1, 2, 5)]:
+        if low <= math.log10(tick) <= high:
+            (x, y), (end, top) = at(tick, tick), at(10 ** high, 10 ** high)
+            parts += [tag("line", x1=f"{x:.0f}", x2=f"{x:.0f}", y1=bottom, y2=f"{top:.0f}"),
+                      tag("line", x1=left, x2=f"{end:.0f}", y1=f"{y:.0f}", y2=f"{y:.0f}"),
+                      tag("text", f"{tick:,}", x=f"{x:.0f}", y=bottom + 14, text_anchor="middle"),
+                      tag("text", f"{tick:,}", x=left - 4, y=f"{y + 4:.0f}", text_anchor="end")]
+    (x1, y1), (x2, y2) = at(10 ** low, 10 ** low), at(10 ** high, 10 ** high)
+    parts += [tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke_dasharray="4"),
+              tag("text", x_name, x=size[0] / 2, y=size[1] - 6, text_anchor="middle"),
+              tag("text", y_name, x=left, y=6, dominant_baseline="middle")]
+    for number, (name, pairs) in enumerate(points.items()):
+        dots = [tag("circle", tag("title", f"{name}: {x:,} asked, {y:,} written"), r=3,
+                    cx=f"{at(x, y)[0]:.1f}", cy=f"{at(x, y)[1]:.1f}") for x, y in pairs]
+        parts.append(tag("g", *dots, style=f"fill:var(--c{number % 6})", fill_opacity=0.7))
+    return tag("svg", *parts, viewBox=f"0 0 {size[0]} {size[1]}", width=size[0])
+
+
 # ---------------------------------------------------------------- Bradley-Terry training
 
 def pair_row(row, number):
@@ -583,36 +687,74 @@ def response_row(row, number):
     return row
 
 
-def print_components(config):
-    """A line per response: words, range, and each reward; then the means."""
-    rows = load_rows(config["responses"], response_row)
-    known = {row["id"]: row for row in load_prompts(config["prompts"])} if config["prompts"] else {}
-    ranks = setup()
-    _, model_config = load_config(config["model"])
-    is_judge = model_config["architectures"][0] == "Qwen2ForSequenceClassification"
-    prompts = [known.get(row["index"], row).get("prompt") or "" for row in rows]
-    writing = (WritingModel(config["model"], ranks).score(
-        prompts, [row["response"] for row in rows]) if is_judge else [math.nan] * len(rows))
-    table = []
-    for row, score in zip(rows, writing):
+def score_responses(rows, prompts, known, writing, config):
+    """For each response {reward: (value, reason)}, NaN where nobody can tell."""
+    scores = writing.score(prompts, [row["response"] for row in rows]) if writing else []
+    reasons = [v.reason for v in getattr(writing, "verdicts", [])]  # a judge gives some
+    scored = []
+    for number, row in enumerate(rows):
         length = known.get(row["index"], row).get("length")
         completion = row.get("completion") or row["response"]
-        rewards = rule_rewards(completion, length or [0, math.inf],
-                               config["template"] if row.get("completion") else "chat",
-                               config["length_max"], row.get("finish") == "length")
-        table.append([rewards["words"], rewards["length"] if length else math.nan,
-                      rewards["format"], rewards["repetition"], score])
-    print(f"{'index':<12}{'words':>8}{'length':>9}{'format':>9}{'repeated':>9}{'writing':>9}")
-    for row, values in zip(rows, table):
-        print(f"{row['index']!s:<12}{values[0]:>8}" + "".join(f"{v:>9.3f}" for v in values[1:]))
-    means = torch.tensor(table).nanmean(0).tolist()
-    print(f"{'mean':<12}{means[0]:>8.0f}" + "".join(f"{v:>9.3f}" for v in means[1:]))
+        template = config["template"] if row.get("completion") else "chat"
+        is_cut = row.get("finish") == "length"
+        rewards = rule_rewards(completion, length or [0, math.inf], template,
+                               config["length_max"], is_cut)
+        faults = [format_fault(completion, template), "cut at its token limit" * is_cut,
+                  "repeats itself" * (rewards["repetition"] > 0)]
+        scored.append({
+            "words": (rewards["words"], ""),
+            "length": (rewards["length"] if length else math.nan,
+                       "asked {:,} to {:,} words".format(*length) if length else ""),
+            "format": (rewards["format"], ", ".join(filter(None, faults))),
+            "repeated": (rewards["repetition"], f"{copied_share(row['response']):.1%} copied"),
+            "writing": (scores[number] if scores else math.nan,
+                        reasons[number] if reasons else "")})
+    return scored
+
+
+def show_components(rows, prompts, scored, path):
+    """A line per response in the terminal, then the means; and a page with texts and reasons."""
+    names = list(scored[0])
+    line = lambda name, values: f"{name!s:<12}{values[0]:>8.0f}" + "".join(
+        f"{value:>9.3f}" for value in values[1:])
+    values = [[value for value, _ in rewards.values()] for rewards in scored]
+    means = torch.tensor(values).nanmean(0).tolist()
+    print(f"{'index':<12}{names[0]:>8}" + "".join(f"{name:>9}" for name in names[1:]))
+    for row, part in zip(rows, values):
+        print(line(row["index"], part))
+    print(line("mean", means))
+    shown = lambda value: "-" if math.isnan(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
+    texts = [tag("details", tag("summary", tag("b", row["index"]), " ", tag(
+                 "small", ", ".join(f"{name} {shown(v)}" for name, (v, _) in rewards.items()))),
+                 tag("p", prompt, class_="soft"),
+                 *(tag("p", tag("b", f"{name} {shown(value)}"), " ", reason)
+                   for name, (value, reason) in rewards.items() if reason),
+                 marked(row["response"], copied_spans(row["response"])))
+             for row, prompt, rewards in zip(rows, prompts, scored)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page("Texts and their rewards", tag("p", f"{len(rows)} texts; copied spans are "
+        "highlighted.", class_="soft"), table(["", *names], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]),
+        *texts), encoding="utf-8")
+    print(f"texts and reasons: {path}")
+
+
+def print_components(config):
+    """Every component of every response, as a table and as a page."""
+    rows = load_rows(config["responses"], response_row)
+    known = {row["id"]: row for row in load_prompts(config["prompts"])} if config["prompts"] else {}
+    prompts = [known.get(row["index"], row).get("prompt") or "" for row in rows]
+    out, writing = Path(config["out"]), None
+    if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
+        writing = open_writing(config["model"], setup(), config["judge_model"],
+                               out / "judge.jsonl", config["concurrency"])
+    show_components(rows, prompts, score_responses(rows, prompts, known, writing, config),
+                    out / "page.html")
 
 
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
-        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6,
+        batch_pairs=1, micro_pairs=1, max_len=8, length_max=1 + 1e-6, concurrency=1,
         template=LIMITS["template"]))
     if config["plan"]:
         print_plan(config, 2 * config["batch_pairs"] * config["max_len"],

@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -1881,6 +1882,46 @@ def test_a_wrong_address_name_or_key_is_one_line(judge_url, tmp_path, monkeypatc
     assert make_judge(judge_url, tmp_path, sampling=sampling).score(["Do"], ["x"]) == [3]
     assert JudgeServer.sent[-1]["key"] == "Bearer secret" and JudgeServer.sent[-1]["top_k"] == 5
     assert "secret" not in (tmp_path / "judge.jsonl").read_text()
+
+
+EVIL = "<script>document.title = 1</script><img src=x onerror=alert(1)></div>&amp;"
+
+
+class Tags(HTMLParser):
+    """What a browser makes of a page: the tags, their attributes, and the text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.text = set(), set(), ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_a_page_shows_texts_with_their_reasons_and_runs_none(judge_url, tmp_path, capsys):
+    """Model text that runs as markup, a highlight at another place, a reason that is lost, a page
+    that needs the network."""
+    JudgeServer.say = lambda prompt, number: json.dumps({"reason": EVIL, "score": 6})
+    twice = " ".join(f"w{n}" for n in range(20))
+    rows = write_lines(tmp_path / "rows.jsonl", [
+        {"index": "a", "response": f"{EVIL} {twice}. {twice}", "prompt": EVIL, "length": [9, 99]},
+        {"index": 2, "response": "\ud800", "completion": "<think>x", "finish": "length"}])
+    reward.main([f"responses={rows}", f"out={tmp_path / 'out'}", f"model={judge_url}",
+                 "judge_model=judge"])
+    said = capsys.readouterr().out.splitlines()
+    words = count_words(f"{EVIL} {twice}. {twice}")
+    assert said[1].split()[:3] == ["a", str(words), "1.000"] and said[1].endswith(" 6.000")
+    assert said[2].split()[3:] == ["0.000", "0.000", "6.000"] and said[3].startswith("mean")
+    shown = Tags(tmp_path / "out" / "page.html")
+    assert shown.text.count(EVIL) == 4 and "asked 9 to 99 words" in shown.text
+    assert "cut at its token limit" in shown.text and "src" not in shown.attributes
+    assert not {"script", "img", "link"} & shown.tags and "mark" in shown.tags
+    assert reward.marked("a<b>c", [(1, 4)]) == '<div class="text">a<mark>&lt;b&gt;</mark>c</div>'
 
 
 def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_path, capsys):
