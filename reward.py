@@ -425,16 +425,18 @@ class Cache:
         told = json.dumps([self.source.identity, text, attempt], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
-    def answer(self, texts, places, attempt=0, on_row=lambda row: None):
+    def answer(self, texts, places, attempt=0, on_row=lambda row: None, labels=None):
         """A row {"reply", "model", "finish", "tokens"} or {"error"} for each of places in texts;
-        equal texts are asked once. on_row is called for each row that is new."""
+        equal texts are asked once. on_row is called for each row that is new; labels are what the
+        file says beside each text's answer."""
         self.known = self.read() if self.known is None else self.known
         keys = {place: self.key(texts[place], attempt) for place in places}
         jobs = {key: (place, attempt) for place, key in keys.items() if key not in self.known}
         new = []
 
         def keep(place, row):
-            new.append({"key": keys[place], "attempt": attempt, **row})
+            label = labels[place] if labels else {}
+            new.append({"key": keys[place], "attempt": attempt, **label, **row})
             append_rows(self.path, new[-1:])
             on_row(row)
 
@@ -464,13 +466,13 @@ class Judge:
         self.cache = Cache(source, path, ranks)
         self.failures, self.verdicts = collections.Counter(), []
 
-    def ask(self, questions, on_row=lambda row: None):
+    def ask(self, questions, **options):
         """A Verdict for each (text, fields); a reply without one gives way to a fresh one, up to
-        TRIES, a call that failed is not tried again here."""
+        TRIES; a call that failed is not tried again here. options: those of Cache.answer."""
         texts = [text for text, _ in questions]
         verdicts, left = [None] * len(texts), list(range(len(texts)))
         for attempt in range(TRIES):
-            rows = self.cache.answer(texts, left, attempt, on_row)
+            rows = self.cache.answer(texts, left, attempt, **options)
             for place, row in zip(left, rows):
                 verdicts[place] = self.read(row, questions[place][1])
             left = [place for place, row in zip(left, rows)
@@ -712,30 +714,17 @@ def score_responses(rows, prompts, known, writing, config):
     return scored
 
 
-def show_components(rows, prompts, scored, path):
-    """A line per response in the terminal, then the means; and a page with texts and reasons."""
-    names = list(scored[0])
-    line = lambda name, values: f"{name!s:<12}{values[0]:>8.0f}" + "".join(
-        f"{value:>9.3f}" for value in values[1:])
-    values = [[value for value, _ in rewards.values()] for rewards in scored]
-    means = torch.tensor(values).nanmean(0).tolist()
-    print(f"{'index':<12}{names[0]:>8}" + "".join(f"{name:>9}" for name in names[1:]))
-    for row, part in zip(rows, values):
-        print(line(row["index"], part))
-    print(line("mean", means))
-    shown = lambda value: "-" if math.isnan(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
-    texts = [tag("details", tag("summary", tag("b", row["index"]), " ", tag(
-                 "small", ", ".join(f"{name} {shown(v)}" for name, (v, _) in rewards.items()))),
-                 tag("p", prompt, class_="soft"),
-                 *(tag("p", tag("b", f"{name} {shown(value)}"), " ", reason)
-                   for name, (value, reason) in rewards.items() if reason),
-                 marked(row["response"], copied_spans(row["response"])))
-             for row, prompt, rewards in zip(rows, prompts, scored)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page("Texts and their rewards", tag("p", f"{len(rows)} texts; copied spans are "
-        "highlighted.", class_="soft"), table(["", *names], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]),
-        *texts), encoding="utf-8")
-    print(f"texts and reasons: {path}")
+def shown(value):
+    return "-" if math.isnan(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
+
+
+def text_block(name, prompt, rewards, answer):
+    """A text to unfold: its rewards {name: (value, reason)}, and what it copies highlighted."""
+    values = ", ".join(f"{key} {shown(value)}" for key, (value, _) in rewards.items())
+    reasons = [tag("p", tag("b", f"{key} {shown(value)}"), " ", reason)
+               for key, (value, reason) in rewards.items() if reason]
+    return tag("details", tag("summary", tag("b", name), " ", tag("small", values)),
+               tag("p", prompt, class_="soft"), *reasons, marked(answer, copied_spans(answer)))
 
 
 def print_components(config):
@@ -743,12 +732,24 @@ def print_components(config):
     rows = load_rows(config["responses"], response_row)
     known = {row["id"]: row for row in load_prompts(config["prompts"])} if config["prompts"] else {}
     prompts = [known.get(row["index"], row).get("prompt") or "" for row in rows]
-    out, writing = Path(config["out"]), None
+    path, writing = Path(config["out"]) / "page.html", None
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
         writing = open_writing(config["model"], setup(), config["judge_model"],
-                               out / "judge.jsonl", config["concurrency"])
-    show_components(rows, prompts, score_responses(rows, prompts, known, writing, config),
-                    out / "page.html")
+                               path.with_name("judge.jsonl"), config["concurrency"])
+    scored = score_responses(rows, prompts, known, writing, config)
+    names, values = list(scored[0]), [[v for v, _ in rewards.values()] for rewards in scored]
+    means = torch.tensor(values).nanmean(0).tolist()
+    print(f"{'index':<12}{names[0]:>8}" + "".join(f"{name:>9}" for name in names[1:]))
+    for name, part in zip([row["index"] for row in rows] + ["mean"], values + [means]):
+        print(f"{name!s:<12}{part[0]:>8.0f}" + "".join(f"{value:>9.3f}" for value in part[1:]))
+    blocks = [text_block(row["index"], prompt, rewards, row["response"])
+              for row, prompt, rewards in zip(rows, prompts, scored)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page("Texts and their rewards", tag(
+        "p", f"{len(rows)} texts, what they copy from themselves highlighted.", class_="soft"),
+        table(["", *names], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks),
+        encoding="utf-8")
+    print(f"texts and reasons: {path}")
 
 
 @script

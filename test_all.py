@@ -1728,7 +1728,7 @@ class JudgeServer(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint: say(prompt, number) is a reply's text, or (status, body), or
     seconds to hang; number counts how often a prompt has come."""
     say, asked, sent = None, [], []
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", -1  # one write: two would wait (Nagle)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
