@@ -37,10 +37,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from model import (InputError, find_commit, find_folder, load_config, load_for_sampling,
-                   load_tokenizer, open_folder, parse_config, script, setup)
-from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, copied_share, copied_spans, fence, fill,
-                    format_fault, is_url, join, marked, page, response_row, scatter, table, tag)
+from model import (InputError, find_commit, find_folder, load_for_sampling, load_tokenizer,
+                   open_folder, parse_config, script, setup)
+from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, copied_share, copied_spans, fence,
+                    fill, format_fault, is_url, join, marked, page, response_row, scatter, table,
+                    tag)
 from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
                     count_words_longwriter, deal, find_answer, find_words, generate, load_prompts,
                     load_rows)
@@ -109,9 +110,12 @@ def need(row, key, kind):
 def asked_words(prompt):
     """[lo, hi] when a prompt names one number or range of words, else None; for the picture."""
     pattern = r"(\d[\d,]*)(?:\s*(?:-|–|~|to|至|到)\s*(\d[\d,]*))?[\s-]*(?:words?\b|字)"
-    found = {tuple(int(n.replace(",", "")) for n in match if n)
+    found = {tuple(sorted(int(n.replace(",", "")) for n in match if n))
              for match in re.findall(pattern, prompt)}
-    return [min(*found, key=min)[0], max(*found, key=max)[-1]] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    asked = found.pop()
+    return [asked[0], asked[-1]]
 
 
 def writingbench_item(row, number):
@@ -638,7 +642,8 @@ def check_health(item, text, template):
     return {"words": float(words), "words/asked": words / asked if asked else math.nan,
             "truncated": float(text.finish == "length") if text.finish else math.nan,
             "format faults": float(bool(fault)) if text.completion else math.nan,
-            "copied": copied_share(text.response), "distinct 3-grams": distinct_share(text.response)}
+            "copied": copied_share(text.response),
+            "distinct 3-grams": distinct_share(text.response)}
 
 
 # ---------------------------------------------------------------- what is told of each model

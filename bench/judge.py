@@ -122,7 +122,7 @@ def ask_all(url, folder, calls, concurrency):
 def under_load(url, config):
     ideal = config["calls"] * config["latency"] / config["concurrency"]
     ask_all(url, tempfile.mkdtemp(), 16, 16)  # imports, and connections of the server
-    print(f"\n| round | seconds | ideal | ratio | right scores |\n|---|---|---|---|---|")
+    print("\n| round | seconds | ideal | ratio | right scores |\n|---|---|---|---|---|")
     for number in range(config["rounds"]):
         start = time.perf_counter()
         right = ask_all(url, tempfile.mkdtemp(), config["calls"], config["concurrency"])
