@@ -565,7 +565,7 @@ def fit_bradley_terry(wins):
         strengths += step
         if np.abs(step).max() < 1e-9:
             break
-    return strengths
+    return strengths - strengths.mean(-1, keepdims=True)
 
 
 def count_wins(names, questions, verdicts, num):
@@ -602,11 +602,13 @@ def arena_checks(questions, verdicts, texts):
     words = functools.cache(lambda name, place: count_words(texts[name][place].response))
     for (place, names), winner in games.items():
         back = games.get((place, names[::-1]))
-        agree += [winner == other[back]] * (back is not None)
+        if back:
+            agree.append(winner == other[back])
         if winner != "tie":
             first.append(winner == "A")
             a, b = (words(name, place) for name in names)
-            longer += [(winner == "A") == (a > b)] * (a != b)
+            if a != b:
+                longer.append((winner == "A") == (a > b))
     mean = lambda some: sum(some) / len(some) if some else math.nan
     return {"order_consistency": mean(agree), "first_slot_share": mean(first),
             "longer_wins": mean(longer)}
@@ -622,7 +624,8 @@ def distinct_share(text, n=3, window=500):
     for start in range(0, max(1, len(words) - window // 2), window):
         part = words[start:start + window]
         grams = list(zip(*(part[k:] for k in range(n))))
-        shares += [len(set(grams)) / len(grams)] * bool(grams)
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
     return sum(shares) / len(shares) if shares else math.nan
 
 
@@ -701,49 +704,54 @@ def hash_file(path):
 
 # ---------------------------------------------------------------- report
 
-def shown(found, digits=2):
+def number(x):
+    """8.12, 0.97, 1,043; - for none."""
+    return "-" if x is None or math.isnan(x) else f"{x:,.{0 if abs(x) >= 100 else 2}f}"
+
+
+def shown(found):
     """8.12 [7.90, 8.31]"""
-    number = lambda x: "-" if x is None or math.isnan(x) else f"{x:,.{digits}f}"
     return f"{number(found['mean'])} [{number(found['low'])}, {number(found['high'])}]"
 
 
-def print_scores(models, key="scores"):
-    """A line per score, a column per model."""
+def grid(models, key, cell):
+    """(head, rows) of cell(score) by score and model; what there is more of goes down."""
     names = list(dict.fromkeys(name for found in models.values() for name in found[key]))
-    print(f"\n{'':<18}" + "".join(f"{name[-26:]:>28}" for name in models))
-    for name in names:
-        print(f"{name:<18}" + "".join(
-            f"{shown(found[key][name]) if name in found[key] else '-':>28}"
-            for found in models.values()))
-    if key == "scores":
-        print(f"{'scored':<18}" + "".join(f"{found['scored']:>14,} of {found['total']:>10,}"
-                                          for found in models.values()))
+    rows = [[name, *(cell(name, found[key].get(name)) for found in models.values())]
+            for name in names]
+    table = [["", *models], *rows]
+    if len(models) > len(names):
+        table = [list(column) for column in zip(*table)]
+    return table[0], table[1:]
 
 
-def score_table(models, key, least=None, most=None):
-    """The same as HTML; with a scale least..most, as bars."""
-    names = list(dict.fromkeys(name for found in models.values() for name in found[key]))
+def print_scores(models, key):
+    head, rows = grid(models, key, lambda name, found: shown(found) if found else "-")
+    for row in [head, *rows]:
+        print(f"{row[0]:<18.18}" + "".join(f"{text[-22:]:>24}" for text in row[1:]))
 
-    def cell(found):
-        if found is None:
+
+def score_table(models, key, scale=None):
+    """Scores and intervals as HTML; with bars, where scale(name) gives their ends."""
+    def cell(name, found):
+        if not found or found["mean"] is None:
             return "-"
-        is_bar = least is not None and math.isfinite(found["mean"])
-        drawn = bar(found["mean"], found["low"], found["high"], least, most) if is_bar else ""
-        return join([drawn, " ", shown(found)])
+        ends = [found[part] if found[part] is not None else found["mean"]
+                for part in ("mean", "low", "high")]
+        drawn = [bar(*ends, *scale(name))] if scale else []
+        return join([*drawn, tag("b", number(ends[0])), " ", tag(
+            "small", f"{number(ends[1])} to {number(ends[2])}")])
 
-    return table(["", *models], [[name, *(cell(found[key].get(name)) for found in models.values())]
-                                 for name in names])
+    return table(*grid(models, key, cell))
 
 
 def elo_ladder(models):
     """The models from the strongest on, with their intervals on one scale."""
     elo = {name: found["scores"]["overall"] for name, found in models.items()}
-    ends = [x for found in elo.values() for x in (found["low"], found["high"]) if math.isfinite(x)]
-    least, most = min(ends) - 20, max(ends) + 20
-    order = sorted(elo, key=lambda name: -elo[name]["mean"])
-    return table(["", "Elo", ""], [
-        [name, shown(elo[name], 0), bar(*(elo[name][key] for key in ("mean", "low", "high")),
-                                        least, most)] for name in order])
+    ends = [x for found in elo.values() for x in (found["low"], found["high"]) if x is not None]
+    order = sorted(models, key=lambda name: -elo[name]["mean"])
+    scale = {"overall": (min(ends) - 20, max(ends) + 20), "win_rate": (0, 1)}
+    return score_table({name: models[name] for name in order}, "scores", scale.get)
 
 
 def along_cells(shares):
@@ -814,12 +822,11 @@ def write_report(path, results, items, texts, questions, verdicts):
     parts.append(tag("details", tag("summary", "How this was measured"), *(
         tag("p", tag("b", key), " ", json.dumps(value, ensure_ascii=False))
         for key, value in results.items() if key not in ("models", "notes"))))
-    if any(found["scores"] for found in models.values()):
-        if bench == "arena_write":
-            parts += [tag("h2", "Elo"), elo_ladder(models)]
-        scale = {"writingbench": (1, 10), "longbench_write": (0, 100)}.get(bench, (None, None))
+    scales = {"writingbench": (1, 10), "longbench_write": (0, 100)}
+    if bench != "health" and any(found["scores"] for found in models.values()):
         parts += [tag("h2", "Scores, with 95% intervals over prompts"),
-                  score_table(models, "scores", *scale)]
+                  elo_ladder(models) if bench == "arena_write" else
+                  score_table(models, "scores", lambda name: scales[bench])]
     parts += [*health_parts(results, items, texts), tag("h2", "Texts")]
     found = found_by_sample(questions, verdicts)
     parts += [sample_block(item, {name: some[place] for name, some in texts.items()},
@@ -947,7 +954,9 @@ def main(argv):
     if ranks.rank == 0:
         (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_report(out / "report.html", results, items, texts, questions, verdicts)
-        print_scores(results["models"])
+        print_scores(results["models"], "scores")
+        if bench != "health":
+            print_scores(results["models"], "health")
         print("\n" + "\n".join(results["notes"]) + f"\n{out}/results.json, {out}/report.html")
     if unscored > MAX_UNSCORED:
         sys.exit(f"{unscored:.1%} unscored, more than {MAX_UNSCORED:.0%}" if ranks.rank == 0 else 1)

@@ -516,15 +516,15 @@ STYLE = """\
 body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:0 auto;padding:1rem}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}p{margin:.3rem 0}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}small,.soft{opacity:.7;font-weight:400}
+th,td{padding:.2rem 1rem .2rem 0;text-align:left;border-bottom:1px solid var(--line);
+white-space:nowrap}small,.soft{opacity:.7;font-weight:400}
 details{border:1px solid var(--line);border-radius:.4rem;margin:.3rem 0;padding:.3rem .6rem}
 summary{cursor:pointer;overflow-wrap:anywhere}mark{background:var(--mark);color:inherit}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);padding:.6rem;
 border-radius:.4rem;margin:.5rem 0;max-height:32rem;overflow-y:auto}
-.bar{position:relative;display:inline-block;width:9rem;height:.9rem;background:var(--soft);
-vertical-align:middle}.bar i{position:absolute;top:0;bottom:0;background:var(--c0)}
-.bar b{position:absolute;top:.35rem;height:.2rem;background:currentColor}
+.bar{position:relative;display:block;min-width:5rem;height:.7rem;background:var(--soft);
+margin-top:.2rem}.bar i{position:absolute;top:0;bottom:0;background:var(--c0)}
+.bar b{position:absolute;top:.25rem;height:.2rem;background:currentColor}
 .cells{display:inline-flex;vertical-align:middle}.cells i{width:1rem;height:1rem}
 svg{max-width:100%;height:auto;font-size:11px;fill:currentColor}svg line{stroke:var(--line)}"""
 
@@ -589,7 +589,7 @@ def scatter(points, x_name, y_name, size=(440, 300)):
     left, bottom = 48, size[1] - 36
     at = lambda x, y: (left + place(x) * (size[0] - left - 8), bottom - place(y) * (bottom - 8))
     parts = []
-    for tick in [d * 10 ** e for e in range(8) for d in (1, 2, 5)]:
+    for tick in [d * 10 ** e for e in range(8) for d in ((1, 2, 5) if high - low < 2 else (1,))]:
         if low <= math.log10(tick) <= high:
             (x, y), (end, top) = at(tick, tick), at(10 ** high, 10 ** high)
             parts += [tag("line", x1=f"{x:.0f}", x2=f"{x:.0f}", y1=bottom, y2=f"{top:.0f}"),

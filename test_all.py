@@ -40,6 +40,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import grpo
 import model as network
 import pretrain
@@ -1939,6 +1940,268 @@ def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_pat
         assert row["rewards"]["writing"] == len(asked) % 10 + 1
 
 
+# ---------------------------------------------------------------- evaluate: benchmarks and health
+
+CRITERIA = ["Plot", "Style", "Length", "Depth", "Tone"]
+BENCHES = {
+    "writingbench": [
+        {"index": 3 + 2 * n, "query": ("写一个故事" if n % 3 == 0 else "Write a story") + f" {n}",
+         "domain1": evaluate.DOMAINS[n % 4], "domain2": "x", "checklist": [
+             {"name": name, "criteria_description": f"about {name}", "1-2": "bad", "9-10": "good"}
+             for name in CRITERIA]} for n in range(12)],
+    "longbench_write": [{"prompt": f"Write {x} words on {n}", "type": "x", "length": x}
+                        for n, x in enumerate((5, 60, 100, 600, 900, 3000))],
+    "arena_write": [{"idx": n, "question": f"Write on {n}", "type": "x", "length": 9,
+                     "baseline_response": {"old": f"an old text {n}", "new": f"a new one {n}"}}
+                    for n in range(6)]}
+
+
+def judge_by_hash(prompt, number=0):
+    """A verdict as any of our prompts asks for it, noise that depends on the prompt alone."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    found = {name: 1 + digest[n] % 5 for n, name in enumerate(evaluate.DIMENSIONS)}
+    return json.dumps(found | {"score": 1 + digest[9] % 10, "reason": EVIL,
+                               "winner": ("A", "B", "tie")[digest[8] % 3]})
+
+
+def write_bench(folder, bench):
+    """(data file, {name: file of responses}) of a small benchmark and two models."""
+    rows = BENCHES[bench]
+    ids = [row.get("index", row.get("idx", n)) for n, row in enumerate(rows)]
+    files = {name: str(write_lines(folder / f"{name}.jsonl", [
+        {"index": index, "response": f"{name}{' word' * (n * 70 % 800)} {EVIL if n == 2 else ''}"}
+        for n, index in enumerate(ids)])) for name in ("ours", "theirs")}
+    write_lines(folder / "length_C.jsonl", [row | {"checklist": row["checklist"][2:3]} for row in
+                                            rows[1::2]] if bench == "writingbench" else [])
+    write_lines(folder / "length.jsonl", rows[1::2])
+    return write_lines(folder / "rows.jsonl", rows), files
+
+
+def run_bench(bench, folder, judge_url, *arguments):
+    """results.json of a run with both models, and the verdict that the judge gave to each
+    judgement, {(place, models, part): verdict}."""
+    data, files = write_bench(folder, bench)
+    evaluate.main([f"bench={bench}", f"data={data}", f"responses={json.dumps(files)}",
+                   f"judge={judge_url}", "judge_model=judge", f"out={folder / 'run'}", *arguments])
+    rows = [json.loads(line) for line in (folder / "run" / "judge.jsonl").open()]
+    return (json.loads((folder / "run" / "results.json").read_text()),
+            {(row["place"], tuple(row["models"]), row["part"]): json.loads(row["reply"])
+             for row in rows if "error" not in row})
+
+
+def check_mean(found, values):
+    """The mean, and its interval by another resampling, near the middle 95% of means."""
+    values = np.array(values)
+    means = np.random.default_rng(1).choice(values, (2000, len(values))).mean(1)
+    spread = 0.15 * (means.max() - means.min()) + 1e-9
+    assert found["mean"] == pytest.approx(values.mean())
+    assert found["low"] == pytest.approx(np.quantile(means, 0.025), abs=spread)
+    assert found["high"] == pytest.approx(np.quantile(means, 0.975), abs=spread)
+
+
+def test_writingbench_scores_are_the_means_of_their_definition(judge_url, tmp_path, capsys):
+    """A mean of means where the benchmark has the mean of all, a domain under another's name, a
+    subset that takes in all rows or criteria."""
+    JudgeServer.say = judge_by_hash
+    results, verdicts = run_bench("writingbench", tmp_path, judge_url,
+                                  f'subsets={{"R3": "{tmp_path / "length.jsonl"}"}}')
+    assert len(verdicts) == len(JudgeServer.asked) == 2 * 12 * 5
+    for name in ("ours", "theirs"):
+        told, rows = results["models"][name], BENCHES["writingbench"]
+        score = lambda n, part: verdicts[n, (name,), part]["score"]
+        query = lambda n: sum(score(n, part) for part in CRITERIA) / 5
+        assert (told["scored"], told["total"]) == (60, 60)
+        every = [score(n, part) for n in range(12) for part in CRITERIA]
+        assert told["scores"]["overall"]["mean"] == pytest.approx(sum(every) / 60)
+        for number, domain in enumerate(evaluate.DOMAINS[:4], 1):
+            check_mean(told["scores"][f"D{number}"], [
+                query(n) for n in range(12) if rows[n]["domain1"] == domain])
+        check_mean(told["scores"]["R3"], [query(n) for n in range(1, 12, 2)])
+        check_mean(told["scores"]["R3_C"], [score(n, "Length") for n in range(1, 12, 2)])
+        check_mean(told["scores"]["Chinese"], [query(n) for n in range(0, 12, 3)])
+        check_mean(told["scores"]["English"], [query(n) for n in range(12) if n % 3])
+    assert "D5" not in told["scores"] and results["judge"] == "judge-v7"
+    assert results["data_sha256"] == hashlib.sha256(
+        (tmp_path / "rows.jsonl").read_bytes()).hexdigest()
+    assert "not comparable" in capsys.readouterr().out
+    shown = Tags(tmp_path / "run" / "report.html")
+    assert not {"script", "img", "link"} & shown.tags and "src" not in shown.attributes
+    assert shown.text.count(EVIL) == 2 + 120  # in a text of each model, and in every reason
+
+
+def test_longbench_scores_follow_the_formulas(judge_url, tmp_path):
+    """A length score below 0 or above 100, a bucket with its neighbour's rows, S as a mean over
+    other rows than its parts."""
+    JudgeServer.say = judge_by_hash
+    results, verdicts = run_bench("longbench_write", tmp_path, judge_url)
+    rows = BENCHES["longbench_write"]
+    for name in ("ours", "theirs"):
+        texts = [json.loads(line)["response"] for line in (tmp_path / f"{name}.jsonl").open()]
+        S_l, S_q = [], []
+        for n, row in enumerate(rows):
+            x, y = row["length"], len(re.findall("[a-zA-Z]+", texts[n]))
+            S_l.append(100 * max(0, 1 - (y / x - 1) / 3 if y > x else 1 - (x / y - 1) / 2))
+            marks = [verdicts[n, (name,), "quality"][d] for d in evaluate.DIMENSIONS]
+            S_q.append((sum(marks) / 6 - 1) * 25)
+        scores = results["models"][name]["scores"]
+        check_mean(scores["S_l"], S_l)
+        check_mean(scores["S_q"], S_q)
+        check_mean(scores["overall"], [(a + b) / 2 for a, b in zip(S_l, S_q)])
+        check_mean(scores["S_l 0-500"], S_l[:3])
+        check_mean(scores["S_q 500-2000"], S_q[3:5])
+        check_mean(scores["S 2000-4000"], [(S_l[5] + S_q[5]) / 2])
+        assert "S 4000+" not in scores
+    for asked, written, score in ((100, 0, 0), (100, 100, 100), (100, 400, 0), (100, 250, 50),
+                                  (100, 50, 50), (100, 20, 0)):
+        assert evaluate.length_score(asked, written) == pytest.approx(score)
+
+
+def climb(wins):
+    """Bradley-Terry strengths by plain gradient ascent, with half a pseudo-tie for each pair."""
+    wins = wins + 0.25 * (wins + wins.T > 0)
+    s = np.zeros(len(wins))
+    for _ in range(20000):
+        p = 1 / (1 + np.exp(s[None] - s[:, None]))
+        s += 0.5 / (wins + wins.T).sum() * (wins * (1 - p) - wins.T * p).sum(1)
+    return s - s.mean()
+
+
+def test_arena_scores_equal_a_plain_fit(judge_url, tmp_path, capsys):
+    """An order that is forgotten, a tie that counts as a win, the anchor's strength in another's
+    Elo, a fit that stops too early or runs away for a model that wins everything."""
+    JudgeServer.say = judge_by_hash
+    results, verdicts = run_bench("arena_write", tmp_path, judge_url, "anchor=old")
+    names = ["ours", "theirs", "old", "new"]
+    pairs = [(a, b) for a in names for b in names if a != b and {a, b} != {"old", "new"}]
+    assert sorted({models for _, models, _ in verdicts}) == sorted(pairs)
+    assert len(verdicts) == 6 * len(pairs)
+    wins = np.zeros((4, 4))
+    for (_, (a, b), _), verdict in verdicts.items():
+        share = {"A": 1, "B": 0, "tie": 0.5}[verdict["winner"]]
+        wins[names.index(a), names.index(b)] += share
+        wins[names.index(b), names.index(a)] += 1 - share
+    elo = climb(wins) * 400 / math.log(10)
+    for n, name in enumerate(names):
+        told = results["models"][name]
+        assert told["scores"]["overall"]["mean"] == pytest.approx(1000 + elo[n] - elo[2], abs=0.1)
+        assert told["scores"]["win_rate"]["mean"] == pytest.approx(
+            wins[n].sum() / (wins[n].sum() + wins[:, n].sum()))
+        assert told["scores"]["overall"]["low"] <= told["scores"]["overall"]["mean"]
+        assert told["total"] == (36 if n < 2 else 24)
+    back = {"A": "B", "B": "A", "tie": "tie"}
+    agree = [verdict["winner"] == back[verdicts[n, (b, a), f"{b} against {a}"]["winner"]]
+             for (n, (a, b), _), verdict in verdicts.items()]
+    assert results["order_consistency"] == pytest.approx(sum(agree) / len(agree))
+    decided = [v["winner"] for v in verdicts.values() if v["winner"] != "tie"]
+    assert results["first_slot_share"] == pytest.approx(decided.count("A") / len(decided))
+    always = np.array([[0, 9, 9], [0, 0, 5], [0, 4, 0]], float)
+    assert evaluate.fit_bradley_terry(always) == pytest.approx(climb(always), abs=1e-3)
+
+
+def test_a_longer_text_that_wins_is_told(tmp_path):
+    """A judge that goes by length and is not found out."""
+    words = {"a": "one two three", "b": "one", "c": "four five six"}
+    texts = {name: [evaluate.Text(text)] for name, text in words.items()}
+    questions = [evaluate.Question(0, models, "", "", {}, "") for models in
+                 (("a", "b"), ("b", "a"), ("a", "c"), ("b", "c"))]
+    verdicts = [evaluate.Verdict({"winner": winner}, "", "", [])
+                for winner in ("A", "A", "B", "tie")]
+    checks = evaluate.arena_checks(questions, verdicts, texts)
+    assert checks == {"order_consistency": 0, "first_slot_share": 2 / 3, "longer_wins": 1 / 2}
+
+
+def test_an_evaluation_goes_on_and_fails_above_two_percent(judge_url, tmp_path, capsys):
+    """A judgement made twice, a failure that counts as a score or is not told, a status of 0 for a
+    table with holes; a text that is missing left out in silence."""
+    broken = ("about Tone", "story 7\n")
+    JudgeServer.say = lambda prompt, number: (400, "no") if all(
+        words in prompt for words in broken) else judge_by_hash(prompt)
+    for limit, asked in ((6, 60), (0, 120), (0, 122)):  # the two that failed are asked again
+        run_bench("writingbench", tmp_path, judge_url, f"limit={limit}")
+        assert len(JudgeServer.asked) == asked
+    broken = ("",)
+    data, files = write_bench(tmp_path, "writingbench")
+    write_lines(tmp_path / "ours.jsonl", [{"index": 3, "response": "alone"}])
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(["bench=writingbench", f"data={data}", f"responses={json.dumps(files)}",
+                       f"judge={judge_url}", "judge_model=judge", f"out={tmp_path / 'run'}"])
+    assert "unscored" in str(error.value.code)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["unscored"] == {"no response": 55, "status 400": 5 + 1}
+    assert results["models"]["ours"]["scored"] == 0 and results["models"]["theirs"]["scored"] == 59
+    assert results["models"]["ours"]["scores"]["overall"]["mean"] is None
+
+
+@pytest.mark.parametrize("bench", ["writingbench", "arena_write"])
+def test_a_folder_writes_and_judges_through_the_same_code(bench, policy, judge_url, tmp_path):
+    """Folders and endpoints that are asked different things; a generator or a judge that starts
+    over; a prompt too long for the context that stops the run."""
+    data, _ = write_bench(tmp_path, bench)
+    JudgeServer.say = lambda prompt, number: f"<answer>{prompt[:20]}</answer>"
+    arguments = [f"bench={bench}", f"data={data}", f"out={tmp_path / 'run'}", "limit=2",
+                 f"model={json.dumps({'here': policy, 'there': judge_url})}", f"judge={policy}",
+                 'judge_sampling={"max_tokens": 8}', "max_tokens=12", "slots=16", "template=direct"]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="unscored"):
+            evaluate.main(arguments)
+    run = tmp_path / "run"
+    made = [json.loads(line) for line in (run / "generated.jsonl").open()]
+    asked = [row.get("query") or row["question"] for row in BENCHES[bench][:2]]
+    assert JudgeServer.asked == asked and len(made) == 4
+    theirs = [json.loads(line) for line in (run / "responses-there.jsonl").open()]
+    assert [row["response"] for row in theirs] == [prompt[:20] for prompt in asked]
+    for row, prompt in zip([row for row in made if row["name"] == "here"], asked):
+        ours, tokenizer = load_model(policy, "cpu"), load_tokenizer(policy)
+        ours.num_tokens = len(tokenizer)
+        tokens = encode_prompts(tokenizer, "direct", [{"id": 0, "prompt": prompt}], 512, 12)
+        c, = generate(ours, tokens * 2, [(asked.index(prompt), 0)],
+                      Stops(tokenizer, sample.STOP_STRINGS, len(tokenizer)), 12, slots=16,
+                      temperature=0.6, top_p=0.95)
+        assert row["reply"] == re.sub("<.endoftext.>$", "", tokenizer.decode(c.tokens))
+    kept = [json.loads(line) for line in (run / "judge.jsonl").open()]
+    assert all("too long" in row["error"] for row in kept if "error" in row)
+    results = json.loads((run / "results.json").read_text())
+    assert sum(results["unscored"].values()) == {"writingbench": 20, "arena_write": 20}[bench]
+
+
+def test_health_is_told_without_a_judge(tmp_path, capsys):
+    """A truncated or looping run that looks well, a dry run that writes or asks."""
+    honest = " ".join(f"w{n}" for n in range(400))
+    rows = write_lines(tmp_path / "rows.jsonl", [
+        {"index": 0, "response": honest, "prompt": "Write", "length": [300, 500], "finish": "stop"},
+        {"index": 1, "response": f"{honest} {honest}", "prompt": "More", "length": [400, 400],
+         "finish": "length", "completion": "<answer>"}])
+    out = tmp_path / "run"
+    evaluate.main([f"responses={rows}", f"out={out}", "dry_run=true"])
+    assert not out.exists() and "0 calls" in capsys.readouterr().out
+    evaluate.main([f"responses={rows}", f"out={out}"])
+    found = json.loads((out / "results.json").read_text())["models"]["rows"]["scores"]
+    mean = lambda key: found[key]["mean"]
+    assert [mean(key) for key in ("words", "words/asked", "truncated")] == [600, 1.5, 0.5]
+    assert mean("format faults") == 1 and mean("copied") == pytest.approx(0.25)
+    assert evaluate.copied_along(f"{honest} {honest}")[:4] == [0] * 4
+    assert evaluate.copied_along(f"{honest} {honest}")[6:] == pytest.approx([1] * 4)
+    assert evaluate.distinct_share("a b c a b c a b c") == pytest.approx(3 / 7)
+    page = Tags(out / "report.html")
+    assert {"svg", "circle", "mark"} <= page.tags and "judge" not in found
+
+
+def test_a_benchmarks_own_prompt_is_used_as_it_is(judge_url, tmp_path, capsys):
+    """Placeholders that stay in the prompt, and a report that calls other prompts comparable."""
+    JudgeServer.say = judge_by_hash
+    (tmp_path / "prompt.txt").write_text('Q {query} R {response} C {criteria} as {{"score": 1}}')
+    results, _ = run_bench("writingbench", tmp_path, judge_url, "limit=1",
+                           f"judge_prompt={tmp_path / 'prompt.txt'}")
+    asked = JudgeServer.asked[0]
+    assert asked.startswith("Q <text_") and asked.endswith('9-10: good as {"score": 1}')
+    assert "not comparable" not in capsys.readouterr().out
+    (tmp_path / "prompt.txt").write_text("{query}")
+    with pytest.raises(SystemExit):
+        run_bench("writingbench", tmp_path, judge_url, f"judge_prompt={tmp_path / 'prompt.txt'}",
+                  f"out={tmp_path / 'other'}")
+    assert "expected {response}, found none" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- every script: what is typed
 
 @pytest.mark.parametrize("script, argument, words", [
@@ -1957,6 +2220,12 @@ def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_pat
     (pretrain, "data=toy", "a glob like toy/*.jsonl"),
     (pretrain, 'data={"toy/text.jsonl.gz": 0}', "a weight above 0"),
     (pretrain, "init=zeros", "init=zeros: expected one of 'folder', 'random'"),
+    (evaluate, "bench=writingbench", "data: expected a file of writingbench's rows"),
+    (evaluate, "bench=mmlu", "expected one of 'health', 'writingbench'"),
+    (evaluate, "model=http://localhost:1/v1", 'expected {"NAME": "http://localhost:1/v1"}'),
+    (evaluate, "responses=[1]", "a JSON dict of names"),
+    (evaluate, "responses=nowhere.jsonl", "nowhere.jsonl: no such file"),
+    (evaluate, "judge=nowhere", "bench=health asks none"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
     (sample, "model=/nowhere", "/nowhere"), (sample, "prompts=nowhere.jsonl", "nowhere.jsonl"),
     (sample, "max_tokens=0", "max_tokens"), (sample, "temperature=-1", "temperature"),
@@ -1968,7 +2237,7 @@ def test_wrong_input_is_one_line_and_status_2(script, argument, words, training,
     check_error(script.main, others + [f"out={tmp_path}", argument], words, capsys)
 
 
-@pytest.mark.parametrize("module", [grpo, pretrain, reward, sample, network])
+@pytest.mark.parametrize("module", [evaluate, grpo, pretrain, reward, sample, network])
 def test_every_key_is_read(module):
     """A dead knob: a key of a script's config that nothing reads."""
     shared = "".join(Path(m.__file__).read_text() for m in (module, pretrain, network))

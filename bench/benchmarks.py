@@ -1,6 +1,6 @@
 """evaluate.py from end to end on the benchmarks' rows, with texts that cost nothing to make.
 
-    python bench/benchmarks.py data=FOLDER             # a minute; FOLDER holds the three files below
+    python bench/benchmarks.py data=FOLDER     # a minute; FOLDER holds the three files below
 
 data: writingbench_v2_length.jsonl with its _C file, longbench_write_en.jsonl, longform.jsonl.gz.
 Three "models" answer: stories of the better and of the worse half of longform.jsonl.gz, cut to
