@@ -140,7 +140,7 @@ def arena_item(row, number):
     elif isinstance(given, list):
         given = {f"baseline {n}": text for n, text in enumerate(given, 1)}
     asked = row.get("length")
-    asked = asked if isinstance(asked, list) else [asked] * 2 if type(asked) is int else None
+    asked = [asked] * 2 if type(asked) is int else None
     if not isinstance(given, dict) or not all(isinstance(x, str) for x in given.values()):
         raise ValueError(f"expected texts under 'baseline_response', found {given!r:.40}")
     return Item(row.get("idx", number), need(row, "question", str), asked, baselines=dict(given))
@@ -250,8 +250,8 @@ class Folder:
 
 def named(given, what):
     """{name: file, folder or URL} from one of them or a dict."""
-    if isinstance(given, list) or isinstance(given, dict) and not all(
-            isinstance(value, str) for value in given.values()):
+    parts = given.values() if isinstance(given, dict) else [given]
+    if not all(isinstance(part, str) for part in parts):
         raise InputError(f"{what}: expected one, or a JSON dict of names, found {given!r}")
     if isinstance(given, str) and is_url(given):
         raise InputError(f'{what}={given}: expected {{"NAME": "{given}"}}, with the name that the '
@@ -302,7 +302,7 @@ def items_of(paths):
 
 def load_texts(path, items):
     """A Text for each item from a file of responses; what does not fit is counted aloud."""
-    rows, wanted, found, others = load_rows(path, response_row), {}, {}, 0
+    rows, found, others = load_rows(path, response_row), {}, 0
     for row in rows:
         others += str(row["index"]) in found
         found.setdefault(str(row["index"]), row)
@@ -629,24 +629,40 @@ def distinct_share(text, n=3, window=500):
     return sum(shares) / len(shares) if shares else math.nan
 
 
-def copied_along(text, parts=10):
-    """Share of each tenth of a text's characters that is copied from before it."""
-    size, shares = max(1, len(text)) / parts, [0.0] * parts
-    for start, end in copied_spans(text):
-        for n in range(parts):
-            shares[n] += max(0.0, min(end, (n + 1) * size) - max(start, n * size)) / size
-    return shares
+def copied_along(size, spans, parts=10):
+    """Share of each tenth of a text of `size` characters that lies in the spans."""
+    tenth = max(1, size) / parts
+    overlap = lambda start, end, n: max(0.0, min(end, (n + 1) * tenth) - max(start, n * tenth))
+    return [sum(overlap(start, end, n) for start, end in spans) / tenth for n in range(parts)]
 
 
-def check_health(item, text, template):
-    """What can be told of a text without a judge; NaN where it cannot."""
+class Health(NamedTuple):
+    """What can be told of a text without a judge."""
+    values: dict    # numbers, NaN where they cannot be told
+    spans: list     # of characters that are copied from before
+    along: list     # their share of each tenth of the text
+
+
+def examine(item, text, template):
+    """The Health of a text, None when there is no text."""
+    if text.error:
+        return None
     words, asked = count_words(text.response), sum(item.length or [0]) / 2
-    fault = format_fault(text.completion, template) if text.completion else ""
-    return {"words": float(words), "words/asked": words / asked if asked else math.nan,
-            "truncated": float(text.finish == "length") if text.finish else math.nan,
-            "format faults": float(bool(fault)) if text.completion else math.nan,
-            "copied": copied_share(text.response),
-            "distinct 3-grams": distinct_share(text.response)}
+    spans = copied_spans(text.response)
+    return Health({
+        "words": float(words), "words/asked": words / asked if asked else math.nan,
+        "truncated": float(text.finish == "length") if text.finish else math.nan,
+        "format faults": float(bool(format_fault(text.completion, template)))
+        if text.completion else math.nan,
+        "copied": copied_share(text.response), "distinct 3-grams": distinct_share(text.response)},
+        spans, copied_along(len(text.response), spans))
+
+
+def health_scores(healths):
+    """Means over the texts that are there, with intervals."""
+    rows = [health.values for health in healths if health]
+    return {key: estimate_mean([row[key] for row in rows]) for key in (rows[0] if rows else ())
+            if any(math.isfinite(row[key]) for row in rows)}
 
 
 # ---------------------------------------------------------------- what is told of each model
@@ -676,14 +692,6 @@ def score_models(bench, items, texts, models, questions, verdicts, subsets, anch
             told["scored"] = sum(not text.error for text in texts[name])
             told["total"] = len(items)
     return found
-
-
-def health_scores(items, texts, template):
-    """Means over the texts that are there, with intervals."""
-    rows = [check_health(item, text, template) for item, text in zip(items, texts)
-            if not text.error]
-    return {key: estimate_mean([row[key] for row in rows]) for key in (rows[0] if rows else ())
-            if any(math.isfinite(row[key]) for row in rows)}
 
 
 def sum_tokens(pairs):
@@ -761,18 +769,18 @@ def along_cells(shares):
                          for share in shares), class_="cells")
 
 
-def sample_block(item, texts, found):
+def sample_block(item, texts, healths, found):
     """A prompt to unfold: each model's text, what was found of it [(part, value, reason)]."""
     blocks = []
     for name, text in texts.items():
-        verdicts = found.get(name, [])
-        rows = [tag("p", tag("b", f"{part}: {value}"), " ", reason)
-                for part, value, reason in verdicts]
-        brief = ", ".join(value for _, value, _ in verdicts[:12])
-        about = f"{count_words(text.response):,} words" + " (cut)" * (text.finish == "length")
+        brief = ", ".join(value for _, value, _ in found[name][:12])
+        about = text.error or "{:,.0f} words".format(healths[name].values["words"])
+        cut = " (cut)" * (text.finish == "length")
         blocks.append(tag("details", tag("summary", tag("b", name), " ", tag(
-            "small", f"{text.error or about}. {brief}")), *rows,
-            marked(text.response, copied_spans(text.response))))
+            "small", f"{about}{cut}. {brief}")), *(
+                tag("p", tag("b", f"{part}: {value}"), " ", reason)
+                for part, value, reason in found[name]),
+            marked(text.response, healths[name].spans if healths[name] else [])))
     first = " ".join(item.prompt.split())
     return tag("details", tag("summary", tag("b", item.id), " ", first[:150], "…" * (
         len(first) > 150), " ", tag("small", item.domain)), tag("div", item.prompt, class_="text"),
@@ -794,28 +802,26 @@ def found_by_sample(questions, verdicts):
     return found
 
 
-def health_parts(results, items, texts):
+def health_parts(models, items, healths):
     """The pictures that need no judge."""
-    points = {name: [(round(sum(item.length) / 2), count_words(text.response))
-                     for item, text in zip(items, some) if item.length and not text.error]
-              for name, some in texts.items()}
+    points = {name: [(round(sum(item.length) / 2), int(health.values["words"]))
+                     for item, health in zip(items, some) if item.length and health]
+              for name, some in healths.items()}
     parts = []
     if any(points.values()):
         key = [tag("span", "● ", name, " ", style=f"color:var(--c{n % 6})")
                for n, name in enumerate(points)]
         parts += [tag("h2", "Words written against words asked"), tag("p", *key),
                   scatter(points, "asked", "written")]
-    rows = []
-    for name, some in texts.items():
-        shares = [copied_along(text.response) for text in some if not text.error]
-        rows.append([name, along_cells(np.mean(shares, 0) if shares else [0.0] * 10)])
+    along = {name: [health.along for health in some if health] for name, some in healths.items()}
     return parts + [
-        tag("h2", "Health, without a judge"), score_table(results["models"], "health"),
+        tag("h2", "Health, without a judge"), score_table(models, "health"),
         tag("p", "Copied from before, in each tenth of the texts from beginning to end:"),
-        table(["", ""], rows)]
+        table(["", ""], [[name, along_cells(np.mean(shares or [[0.0]], 0))]
+                         for name, shares in along.items()])]
 
 
-def write_report(path, results, items, texts, questions, verdicts):
+def write_report(path, results, items, texts, healths, questions, verdicts):
     """report.html: one static page that needs nothing else."""
     models, bench = results["models"], results["bench"]
     parts = [tag("p", note) for note in results["notes"]]
@@ -827,9 +833,10 @@ def write_report(path, results, items, texts, questions, verdicts):
         parts += [tag("h2", "Scores, with 95% intervals over prompts"),
                   elo_ladder(models) if bench == "arena_write" else
                   score_table(models, "scores", lambda name: scales[bench])]
-    parts += [*health_parts(results, items, texts), tag("h2", "Texts")]
+    parts += [*health_parts(models, items, healths), tag("h2", "Texts")]
     found = found_by_sample(questions, verdicts)
-    parts += [sample_block(item, {name: some[place] for name, some in texts.items()},
+    at = lambda some, place: {name: values[place] for name, values in some.items()}
+    parts += [sample_block(item, at(texts, place), at(healths, place),
                            {name: found[place, name] for name in texts})
               for place, item in enumerate(items)]
     path.write_text(page(TITLES[bench], *parts), encoding="utf-8")
@@ -866,7 +873,7 @@ def print_dry_run(config, names, questions):
         print(f"\n{questions[0].text}")
 
 
-def summarise_run(config, items, texts, models, questions, verdicts, subsets):
+def summarise_run(config, items, texts, models, healths, questions, verdicts, subsets):
     """(results.json's content, share of what is unscored)"""
     bench, checks = config["bench"], {}
     anchor = config["anchor"] or next(iter([*texts][len(models):] or texts))
@@ -874,7 +881,7 @@ def summarise_run(config, items, texts, models, questions, verdicts, subsets):
         raise InputError(f"anchor={anchor}: expected one of {', '.join(texts)}")
     found = score_models(bench, items, texts, models, questions, verdicts, subsets, anchor)
     for name in found:
-        found[name]["health"] = health_scores(items, texts[name], config["template"])
+        found[name]["health"] = health_scores(healths[name])
     if bench == "health":
         for told in found.values():
             told["scores"] = told["health"]
@@ -943,17 +950,20 @@ def main(argv):
         return print_dry_run(config, models, ask_about(
             bench, template, items, texts | baselines_of(items), models) if judge else [])
     open_folder(config, ranks, {"limit", "slots", "concurrency", "timeout"})
-    texts |= {name: generate_texts(name, source, items, config["template"], out, ranks)
-              for name, source in sources.items()}
+    for name in [*sources]:  # popped, so that no two models are in memory
+        texts[name] = generate_texts(name, sources.pop(name), items, config["template"], out, ranks)
     texts |= baselines_of(items)
     questions = ask_about(bench, template, items, texts, models) if judge else []
     if judge and not questions:
         raise InputError(f"{config['data']}: expected baselines, or two models, found neither")
     verdicts = judge_all(questions, judge, ranks.rank == 0) if judge else []
-    results, unscored = summarise_run(config, items, texts, models, questions, verdicts, subsets)
+    healths = {name: [examine(item, text, config["template"]) for item, text in zip(items, some)]
+               for name, some in texts.items()}
+    results, unscored = summarise_run(config, items, texts, models, healths, questions, verdicts,
+                                      subsets)
     if ranks.rank == 0:
         (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-        write_report(out / "report.html", results, items, texts, questions, verdicts)
+        write_report(out / "report.html", results, items, texts, healths, questions, verdicts)
         print_scores(results["models"], "scores")
         if bench != "health":
             print_scores(results["models"], "health")

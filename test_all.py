@@ -2179,8 +2179,9 @@ def test_health_is_told_without_a_judge(tmp_path, capsys):
     mean = lambda key: found[key]["mean"]
     assert [mean(key) for key in ("words", "words/asked", "truncated")] == [600, 1.5, 0.5]
     assert mean("format faults") == 1 and mean("copied") == pytest.approx(0.25)
-    assert evaluate.copied_along(f"{honest} {honest}")[:4] == [0] * 4
-    assert evaluate.copied_along(f"{honest} {honest}")[6:] == pytest.approx([1] * 4)
+    twice = evaluate.Text(f"{honest} {honest}")
+    along = evaluate.examine(evaluate.Item(0, ""), twice, "chat").along
+    assert along[:4] == [0] * 4 and along[6:] == pytest.approx([1] * 4)
     assert evaluate.distinct_share("a b c a b c a b c") == pytest.approx(3 / 7)
     page = Tags(out / "report.html")
     assert {"svg", "circle", "mark"} <= page.tags and "judge" not in found
