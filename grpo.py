@@ -36,13 +36,15 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, make_packs, print_plan)
-from reward import WritingModel, rule_rewards
+from reward import is_url, open_writing, rule_rewards
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
-    reward_model="toy/reward",     # folder with a score head; "" leaves writing out
+    reward_model="toy/reward",     # folder with a score head, or the URL of a judge; "" for none
+    judge_model="",                # the judge's name there; its answers go to out/judge.jsonl
+    concurrency=16,                # questions that each rank has under way at the judge
     prompts="toy/prompts.jsonl",   # rows {"id", "prompt", "length": [lo, hi]}
     eval_prompts="toy/held_out.jsonl",
     columns={},                    # other names of "id", "prompt", "length"
@@ -410,7 +412,7 @@ def sampler_plan(config, gpus):
     held = sampling_plan(load_config(config["model"])[1], config["sample_tp"],
                          config["max_tokens"] + PROMPT_TOKENS)
     each = held.pop("cache of one completion")
-    if config["reward_model"]:
+    if config["reward_model"] and not is_url(config["reward_model"]):
         held["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1]) // gpus
     return held, each
 
@@ -454,7 +456,9 @@ class Trainer:
         if config["kl"]:
             self.reference = load_for_training(config, ranks).requires_grad_(False)
             self.reference.num_tokens = self.model.num_tokens
-        self.judge = WritingModel(config["reward_model"], ranks) if config["reward_model"] else None
+        self.judge = config["reward_model"] and open_writing(
+            config["reward_model"], ranks, config["judge_model"],
+            f"{config['out']}/judge.jsonl", config["concurrency"])
         self.rows, self.prompts = self.load_prompts("prompts")
         self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
         self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
@@ -575,8 +579,8 @@ class Trainer:
         if self.reference is not None:
             row["kl"] = float(divergences.mean())
         row |= self.sync | {"grad_norm": sum(norms) / len(norms), "lr": lr,
-                "seconds/sample": sampled - start, "seconds/train": done - sampled, "tokens_per_second":
-                    sum(len(c.tokens) for c in completions) / (done - start)}
+                "seconds/sample": sampled - start, "seconds/train": done - sampled,
+                "tokens_per_second": sum(len(c.tokens) for c in completions) / (done - start)}
         dead = is_dead(advantages).float().mean().item()
         self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead,
                                         config["max_bad_steps"])
@@ -636,8 +640,8 @@ def plan(config):
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | LIMITS | dict(
         num_prompts=1, num_samples=2, temperature=1e-6, length_max=1 + 1e-6, ratio_cap=1,
-        micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1), clip_high=0,
-        loss_mean=["prompt", "token", "sequence"], kl=0, resample=0, slots=0,
+        concurrency=1, micro_tokens=1, updates=1, ratio=["token", "sequence"], clip_low=(0, 1),
+        clip_high=0, loss_mean=["prompt", "token", "sequence"], kl=0, resample=0, slots=0,
         combine=["advantages", "rewards"]))
     weights = config["weights"]
     if not (set(weights) <= set(COMPONENTS) and any(weights.values())

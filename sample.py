@@ -213,6 +213,11 @@ def count_words(text):
     return len(find_words(text))
 
 
+def count_words_longwriter(text):
+    """As LongWriter's own scripts count: Han characters and runs of Latin letters."""
+    return len(re.findall(r"[\u4e00-\u9fff]|[a-zA-Z]+", text))
+
+
 def render_chat(tokenizer, turns, to_answer):
     """A conversation of {"role", "content"} as text, by the checkpoint's own chat template where
     it has one; to_answer opens the assistant's turn."""
