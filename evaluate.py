@@ -37,8 +37,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from model import (InputError, find_commit, find_folder, load_for_sampling, load_tokenizer,
-                   open_folder, parse_config, script, setup)
+from model import (InputError, find_commit, find_folder, join_share, load_for_sampling,
+                   load_tokenizer, open_folder, parse_config, script, setup)
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, copied_share, copied_spans, fence,
                     fill, format_fault, is_url, join, marked, page, response_row, scatter, table,
                     tag)
@@ -69,6 +69,7 @@ CONFIG = dict(
     top_p=0.95,
     top_k=0,
     slots=64,                   # sequences that decode together
+    sample_tp=1,                # ranks that share one copy of a folder's model
     seed=0,
     sampling={},                # of a URL that writes; it is sent this and nothing more
     out="out/evaluate",         # the run's folder
@@ -196,7 +197,7 @@ class Folder:
     """A Qwen2 folder that answers here; it stands where an Endpoint may."""
     calls = itertools.count()  # names the counters in the ranks' store
 
-    def __init__(self, name, template, slots, seed, ranks, stops=(), **sampling):
+    def __init__(self, name, template, slots, sample_tp, seed, ranks, stops=(), **sampling):
         self.folder = find_folder(name, with_weights=True).resolve()
         files = sorted((*self.folder.glob("*.safetensors"), *self.folder.glob("*.json")))
         weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -204,13 +205,14 @@ class Folder:
                          "seed": seed, "sampling": sampling}
         self.name, self.template, self.stop_strings = str(name), template, stops
         self.max_tokens, self.ranks = sampling["max_tokens"], ranks
+        self.share = join_share(ranks, sample_tp)
         self.options = {"slots": slots, "seed": seed, **{
             key: sampling[key] for key in ("temperature", "top_p", "top_k")}}
 
     @functools.cached_property
     def loaded(self):
         """(model, tokenizer)"""
-        model = load_for_sampling(str(self.folder), self.ranks)
+        model = load_for_sampling(str(self.folder), self.ranks, self.share)
         tokenizer = load_tokenizer(self.folder)
         model.num_tokens = min(model.num_tokens, len(tokenizer))
         return model, tokenizer
@@ -239,9 +241,11 @@ class Folder:
             elif number % self.ranks.world == self.ranks.rank:
                 on_reply(place, {"error": fault})
         work = deal(work, self.ranks, max(self.options["slots"], MIN_ROWS),
-                    f"evaluate/{next(self.calls)}")
+                    f"evaluate/{next(self.calls)}", self.share)
         stops = Stops(tokenizer, self.stop_strings, model.num_tokens)
         for c in generate(model, prompts, work, stops, self.max_tokens, **self.options):
+            if self.share.rank:
+                continue
             text = re.sub(r"(<\|endoftext\|>|<\|im_end\|>)\s*$", "", tokenizer.decode(c.tokens))
             on_reply(c.prompt, {"reply": text, "thinking": "", "model": self.name,
                                 "finish": c.finish,
@@ -264,8 +268,9 @@ def open_writer(name, place, config, ranks):
     if is_url(place):
         return Endpoint(place, name, config["sampling"], config["concurrency"], config["timeout"],
                         ranks)
-    return Folder(place, config["template"], config["slots"], config["seed"], ranks, STOP_STRINGS,
-                  **{key: config[key] for key in ("max_tokens", "temperature", "top_p", "top_k")})
+    sampling = {key: config[key] for key in ("max_tokens", "temperature", "top_p", "top_k")}
+    return Folder(place, config["template"], config["slots"], config["sample_tp"], config["seed"],
+                  ranks, STOP_STRINGS, **sampling)
 
 
 def read_text(row, template):
@@ -448,7 +453,7 @@ def open_judge(config, ranks):
         if unknown:
             raise InputError(f"judge_sampling: expected keys of {', '.join(FOLDER_JUDGE)}, found "
                              f"{min(unknown)!r}")
-        source = Folder(judge, "chat", config["slots"], config["seed"], ranks,
+        source = Folder(judge, "chat", config["slots"], config["sample_tp"], config["seed"], ranks,
                         **FOLDER_JUDGE | config["judge_sampling"])
     return Judge(source, path, ranks)
 
@@ -949,7 +954,7 @@ def main(argv):
         texts |= {name: [Text("(the text)")] * len(items) for name in sources}
         return print_dry_run(config, models, ask_about(
             bench, template, items, texts | baselines_of(items), models) if judge else [])
-    open_folder(config, ranks, {"limit", "slots", "concurrency", "timeout"})
+    open_folder(config, ranks, {"limit", "slots", "sample_tp", "concurrency", "timeout"})
     for name in [*sources]:  # popped, so that no two models are in memory
         texts[name] = generate_texts(name, sources.pop(name), items, config["template"], out, ranks)
     texts |= baselines_of(items)
