@@ -42,6 +42,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
+sys.path.insert(0, str(Path(__file__).parent / "runs"))
+
+import annotate
 import grpo
 import model as network
 import pretrain
@@ -2503,6 +2506,61 @@ def test_a_benchmarks_own_prompt_is_used_as_it_is(judge_url, tmp_path, capsys):
         run_bench("writingbench", tmp_path, judge_url, f"judge_prompt={tmp_path / 'prompt.txt'}",
                   f"out={tmp_path / 'other'}")
     assert "expected {response}, found none" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- runs: chats into prompts
+
+@pytest.mark.parametrize("prompt, expected", [
+    ("Write a 2,000-word story", [1800, 2200]), ("an essay of 1500 to 2000 words", [1500, 2000]),
+    ("a report, no more than 2000 words", [1800, 2000]), ("over 2k words on tea", [2000, 2200]),
+    ("at least two thousand five hundred words", [2500, 2750]), ("a poem about the sea", None),
+    ("Ten slogans, each 20-30 words", None), ("a story of three parts, 500 words per part, "
+                                              "totaling 1,500 words", [1350, 1650]),
+    ("写一篇两千五百字左右的散文", [2250, 2750]), ("写一份报告，不少于3000字", [3000, 3300]),
+    ("2-3万字的小说", [20_000, 30_000]), ("全文控制在800字以内，标题10字以内", [720, 800]),
+    ("写一万二千字", [10_800, 13_200]), ("3000～4000字的演讲稿", [3000, 4000]),
+    ("撰写20条评论，每条30-80字", None), ("有100个字母", None)])
+def test_a_stated_length_is_read(prompt, expected):
+    """A part's length taken for the whole, a bound for a middle, a numeral that is not read."""
+    assert annotate.find_length(prompt) == expected
+
+
+def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path, capsys):
+    """A benchmark's prompt trained on, the same request twice, a verdict that fails and takes its
+    row along without a word, a call that a second run repeats."""
+    subject = " ".join("amber bridge copper dawn engine forest garden harbor island jars".split())
+    tell = lambda name: f"Please tell of {name}, {subject}, in about 800 words, with care."
+    quoted = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    prompts = [tell("a fox"), tell("the foxy"), "请写一篇关于海港的文章，800字左右。",
+               "напиши рассказ о море и о городе", f"800 words on: {quoted}, fifteen",
+               "Say hello", "Write 60 words on bees", "Write 50,000 words on ants", "fault 800 words"]
+    write_lines(tmp_path / "chats.jsonl", [
+        {"conversation": [{"role": "user", "content": prompt}, {"role": "assistant",
+                                                                "content": "no"}]}
+        for prompt in prompts])
+    write_lines(tmp_path / "bench.jsonl", [{"query": f"Think of {quoted}."}])
+    keys = [f"data={tmp_path / 'chats.jsonl'}", f'benchmarks=["{tmp_path / "bench.jsonl"}"]']
+    read = lambda out: [row["length"] for row in map(json.loads, open(out / "prompts.jsonl"))]
+
+    annotate.main(keys + [f"out={tmp_path / 'stated'}"])
+    assert read(tmp_path / "stated") == [[720, 880]] * 3  # the fox, the harbor, the fault
+    summary = json.loads((tmp_path / "stated" / "summary.json").read_text())
+    assert sorted(summary["dropped"].values()) == [1] * 6 and summary["kept in Chinese"] == 1
+
+    def say(prompt, number):
+        said = {"reason": "so", "is_writing": "no" if "hello" in prompt else "yes",
+                "lo": 1000 if "bees" in prompt else 700, "hi": 1000}
+        return "well" if "fault" in prompt else json.dumps(said)
+
+    JudgeServer.say = staticmethod(say)
+    for _ in range(2):
+        annotate.main(keys + [f"out={tmp_path / 'judged'}", f"judge={judge_url}",
+                              "judge_model=judge"])
+    assert len(JudgeServer.asked) == 6 + 2  # the fault's, three times
+    assert read(tmp_path / "judged") == [[700, 1000]] * 2  # against the judge: 60, 50,000 words
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
+    assert summary["rows"] == summary["kept"] + sum(summary["dropped"].values()) == 9
+    assert summary["stated lengths against the judge's"] == {"agree": 2, "disagree, and stand": 2}
 
 
 # ---------------------------------------------------------------- every script: what is typed
