@@ -22,9 +22,11 @@ Where the paper (arXiv:2506.18841) is silent or differs:
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +39,7 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, make_packs, print_plan)
 from reward import is_url, open_writing, rule_rewards
-from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
+from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
 
 CONFIG = dict(
@@ -94,15 +96,20 @@ PANELS = {"length reward": ["reward/length", "eval/length"],
 # ---------------------------------------------------------------- prompts
 
 def drop_unreachable(rows, tokenizer, max_tokens, is_main):
-    """Rows whose range fits into max_tokens, by the tokens per word of the prompts themselves;
-    [0, 0] marks a request that cannot be met. The others are named."""
-    tokens = sum(len(tokenizer.encode(row["prompt"])) for row in rows)
-    per_word = tokens / max(1, sum(count_words(row["prompt"]) for row in rows))
-    fits = lambda row: row["length"][1] > 0 and row["length"][0] * per_word <= max_tokens
+    """Rows whose range fits into max_tokens, by the tokens per word of all prompts in the same
+    script, since a Chinese word is a character; [0, 0] marks a request that cannot be met. The
+    others are named."""
+    is_chinese = lambda row: bool(re.search(f"[{HAN}]", row["prompt"]))
+    tokens, words = Counter(), Counter()
+    for row in rows:
+        tokens[is_chinese(row)] += len(tokenizer.encode(row["prompt"], add_special_tokens=False))
+        words[is_chinese(row)] += count_words(row["prompt"])
+    per_word = lambda row: tokens[is_chinese(row)] / max(1, words[is_chinese(row)])
+    fits = lambda row: row["length"][1] > 0 and row["length"][0] * per_word(row) <= max_tokens
     for row in rows:
         if is_main and not fits(row):
-            print(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word:.2f} tokens a "
-                  f"word, do not fit max_tokens={max_tokens}")
+            print(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word(row):.2f} "
+                  f"tokens a word, do not fit max_tokens={max_tokens}")
     return [row for row in rows if fits(row)]
 
 

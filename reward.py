@@ -9,12 +9,15 @@ Every reward is a function of plain values. Only the answer is counted, checked 
 judged; the tags are read in the completion, never in the template, which holds them too.
 
 Where the paper (arXiv:2506.18841) is silent:
-1. The length reward falls to 0 at length_max times the upper end of the range; it is a choice
-   because the paper's fixed maximum would tax long requests less than short ones.
-2. An unclosed answer counts as an answer for length and writing, with format 0; no answer at
-   all has length 0 and format 0, and its writing is the score of the empty text.
-3. The repetition penalty is the share of words inside a 13-word span that the text already had,
-   nothing up to 0.1 and all from 0.4: human prose has none, and texts that loop have 0.3.
+1. The length reward falls to 0 at length_max times the upper end of the range: a fixed maximum
+   would fall steeply for a range near it and hardly at all for a short one, while a multiple asks
+   every request for the same relative care. At 2, half too long costs what half too short does.
+2. An unclosed answer counts as an answer for length and writing, with format 0; no answer, or
+   one without a word, has length 0 and format 0, and its writing is the score of its text.
+3. The repetition penalty is the larger of two shares of the answer's words, nothing up to 0.15
+   and all from 0.4: words inside a 13-word span that the text already had, and words of
+   paragraphs that resemble an earlier stretch of it. Formulas in laws and songs stay below 0.15,
+   texts that loop start at 0.3.
 4. The reward model reads the prompt and the answer, not the thinking, in ChatML, and its score
    is taken at the last <|im_end|>. It is trained on whole texts: a pair has two of any length in
    one pass, and passes are filled by tokens, not by pairs.
@@ -34,6 +37,7 @@ import random
 import re
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
@@ -48,8 +52,8 @@ from model import (InputError, flops_per_token, is_scorer, load_config, load_for
                    load_model, load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, make_optimizer, make_packs,
                       print_plan, train)
-from sample import (LIMITS, WORD, append_rows, count_words, find_answer, find_words, load_prompts,
-                    load_rows, read_done, render_chat)
+from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
+                    load_rows, normalise_text, read_done, render_chat, word_pattern)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a folder
@@ -73,78 +77,263 @@ CONFIG = dict(
     schedule="cosine",           # or constant, inverse_sqrt
     **TRAINING,
 )
-NGRAM = 13                  # words; field practice for copies, and free of false alarms in prose
-DEAD_ZONE, FULL = 0.1, 0.4  # copied share at which the penalty starts and is complete
-RATIOS = 0.5, 0.8, 1.25, 2  # words of the chosen over words of the rejected: where accuracy splits
+NGRAM = 13                   # words; field practice for copies, and free of false alarms in prose
+PARAGRAPH, PIECE = 20, 100   # words: a shorter paragraph is not compared, a longer one in pieces
+ALIKE = 0.25                 # similarity of a copy: prose reaches 0.1 in nine pieces of ten, 0.19
+                             # in 99 of 100; with 30% of its words changed a copy has 0.45
+DRIFT = 0.25                 # how far words of a copy may shift, in lengths of the piece
+DEAD_ZONE, FULL = 0.15, 0.4  # copied share at which the penalty starts and is complete
+BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # ends of a line, and so of a paragraph
+LOOK_ALIKES = str.maketrans(  # Cyrillic, Greek, Armenian, small capitals; brackets of tags
+    "АВЕЅІЈКМНОРСТУХԌԜаверѕікјмнорстухһԁԛԝӏѵ" "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεηικνορτυχ"
+    "օսոհᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢɑɡı" "‹›⟨⟩〈〉❮❯˂˃",
+    "ABESIJKMHOPCTYXGWabepsikjmhopctyxhdqwlv" "ABEZHIKMNOPTYXaenikvoptux"
+    "ounhabcdefghijklmnoprstuvwyzagi" "<><><><><>")
+RATIOS = 0.5, 0.8, 1.25, 2   # words of the chosen over words of the rejected: where accuracy splits
 
 
 # ---------------------------------------------------------------- length and format
 
 def length_reward(num_words, lo, hi, length_max=2.0):
-    """1 within lo..hi words; num_words / lo below; falling to 0 at length_max * hi above."""
-    if lo <= num_words <= hi:
-        return 1.0
+    """1 within lo..hi words, num_words / lo below, falling to 0 at length_max * hi above and 0
+    from there on. lo 0 has no below; hi 0, or length_max 1, no slope above: 1, then 0."""
     if num_words < lo:
         return num_words / lo
-    return max(0.0, (length_max * hi - num_words) / (length_max * hi - hi))
+    if num_words <= hi:
+        return 1.0
+    limit = length_max * hi
+    return (limit - num_words) / (limit - hi) if num_words < limit else 0.0
 
 
-def has_format(completion, template="think"):
-    """Whether it is exactly one <think> block, then exactly one <answer> block, nothing else;
-    without the thinking for direct, and anything for chat."""
-    if template == "chat":
-        return True
-    think = r"\s*<think>(.*?)</think>" if template == "think" else ""
-    text = re.sub(r"(<\|endoftext\|>|<\|im_end\|>)$", "", completion)  # how a model ends
-    found = re.fullmatch(think + r"\s*<answer>(.*?)</answer>\s*", text, re.DOTALL)
-    inner_tag = r"<\s*/?\s*(think|answer)\b"
-    return bool(found) and not any(re.search(inner_tag, part, re.IGNORECASE)
-                                   for part in found.groups())
+def unmask(text):
+    """The text as it looks: NFKD, without invisible characters, accents and marks, and with
+    Latin letters for those of other scripts that look the same."""
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFKD", text)
+    hidden = {ord(c): None for c in set(text) if c in FILLERS
+              or unicodedata.category(c) == "Cf" or unicodedata.category(c)[0] == "M"}
+    return text.translate(LOOK_ALIKES | hidden)
+
+
+# as HTML has it, with attributes, or torn by spaces; "guess < answer" in code is neither. No two
+# stars can share a space, so that a million of them cost one look
+TAG = re.compile(r"</?(?:think|thinking|answer)(?:[\s/][^<>]*)?>|<[\s/\\]*"
+                 r"(?:t\s*h\s*i\s*n\s*k(?:\s*i\s*n\s*g)?|a\s*n\s*s\s*w\s*e\s*r)[\s/]*>",
+                 re.IGNORECASE)
+
+
+def plain_tag(tag):
+    name = re.search("think|answer", re.sub(r"\s", "", tag), re.IGNORECASE)[0].lower()
+    return f"</{name}>" if re.match(r"<\s*[/\\]", tag) else f"<{name}>"
 
 
 def format_fault(completion, template="think"):
-    """Why has_format says no, as a phrase, or ""."""
-    return "" if has_format(completion, template) else "not one think, then one answer"
+    """What is wrong, in a few words, or "": it is exactly one <think> block, then exactly one
+    <answer> block with a word in it, and nothing else. Without the thinking for direct; for chat
+    anything goes. A tag in disguise (case, spaces, look-alike letters) counts as a tag."""
+    if template == "chat":
+        return ""
+    tags = ["<think>", "</think>", "<answer>", "</answer>"][2 * (template == "direct"):]
+    found = [plain_tag(tag) for tag in TAG.findall(unmask(completion))]
+    for tag in dict.fromkeys(tags + found):
+        if found.count(tag) != tags.count(tag):
+            return f"{found.count(tag) or 'no'} {tag}"
+    if found != tags:
+        return f"{found[0]} before {tags[0]}" if found[0] != tags[0] else "nested tags"
+    parts = re.split("|".join(tags), re.sub(r"(<\|endoftext\|>|<\|im_end\|>)\s*$", "", completion))
+    if len(parts) != len(tags) + 1:
+        return "a tag in disguise"
+    if any(part.strip() for part in parts[::2]):
+        return "text outside the blocks"
+    return "" if any(map(str.isalnum, parts[-2])) else "no words in <answer>"
 
 
-def copied_spans(answer, n=NGRAM):
-    """[(start, end)] in characters of what occurs earlier in the answer, n words or more."""
-    words, seen, spans = list(WORD.finditer(answer)), set(), []
-    for first, last in zip(words, words[n - 1:]):
-        span = tuple(WORD.findall(answer[first.start():last.end()].lower()))
-        if span in seen and spans and first.start() <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], last.end())
-        elif span in seen:
-            spans.append((first.start(), last.end()))
-        seen.add(span)
-    return spans
+def read_words(text):
+    """(ids, lines, places, number of words), the first three (N,): equal ids for words that look
+    the same, the line of each word, and its place among the tokens of the normalised text. A
+    number between words is left out, so that numbered copies are copies; tables stay."""
+    text = normalise_text(text)
+    tokens = re.findall(token_pattern(text), text)
+    known, ids = {}, {}
+    codes = np.array([known.setdefault(token, len(known)) for token in tokens], dtype=int)
+    words = [ids.setdefault(plain_word(token), len(ids)) for token in known]
+    is_break = np.array([token.isspace() for token in known], dtype=bool)[codes]
+    is_number = np.array([token[0].isdigit() for token in known], dtype=bool)[codes]
+    lines, places = np.cumsum(is_break), np.flatnonzero(~is_break)
+    is_number = np.concatenate([[False], is_number[places], [False]])
+    kept = places[~is_number[1:-1] | is_number[:-2] | is_number[2:]]
+    return np.array(words, dtype=int)[codes[kept]], lines[kept], kept, len(places)
 
 
-def copied_share(text, n=NGRAM):
-    """Share of the text's words inside an n-word span that occurs earlier in it."""
-    words = [word.lower() for word in find_words(text)]
-    seen, is_copied = set(), [False] * len(words)
-    for start in range(len(words) - n + 1):
-        span = tuple(words[start:start + n])
-        if span in seen:
-            is_copied[start:start + n] = [True] * n
-        seen.add(span)
-    return sum(is_copied) / max(1, len(words))
+def token_pattern(text):
+    """Words and line ends of a normalised text."""
+    return rf"{word_pattern(text)}|[{BREAKS}]"
+
+
+def plain_word(word):
+    """A word as it looks, without case, inner points and hyphens; i, l and 1 are one, as are o
+    and 0."""
+    return "".join(filter(str.isalnum, unmask(word).casefold())).translate(
+        {ord("i"): "l", ord("1"): "l", ord("0"): "o"})
+
+
+def number_spans(ids, n):
+    """A number for each span of n ids, equal for equal spans (N-n+1,). Exact: a span is numbered
+    by the pair of its two halves' numbers, which overlap where n is not a power of two."""
+    size, numbers = 1, ids
+    while size < n:
+        step = min(size, n - size)
+        pairs = numbers[:-step] * (numbers.max() + 1) + numbers[step:]
+        numbers = np.unique(pairs, return_inverse=True)[1]
+        size += step
+    return numbers
+
+
+def copied_words(ids, n=NGRAM):
+    """Whether each word is inside a span of n that occurs earlier (N,)."""
+    if len(ids) < n:
+        return np.zeros(len(ids), dtype=bool)
+    spans = number_spans(ids, n)
+    first = np.empty_like(spans)
+    first[spans[::-1]] = np.arange(len(spans))[::-1]  # the last to be written stays
+    edges = np.zeros(len(ids) + 1, dtype=int)
+    is_copy = first[spans] < np.arange(len(spans))
+    edges[:len(spans)] += is_copy
+    edges[n:] -= is_copy
+    return edges[:-1].cumsum() > 0
+
+
+def cut_pieces(lines):
+    """The piece (N,) that each word is of: paragraphs, and equal parts of those over PIECE words;
+    -1 for paragraphs under PARAGRAPH words."""
+    if not len(lines):
+        return lines
+    _, starts, paragraph, sizes = np.unique(lines, return_index=True, return_inverse=True,
+                                            return_counts=True)
+    parts = -(-sizes // PIECE)
+    within = np.arange(len(lines)) - starts[paragraph]
+    pieces = (parts.cumsum() - parts)[paragraph] + within * parts[paragraph] // sizes[paragraph]
+    return np.where(sizes[paragraph] >= PARAGRAPH, pieces, -1)
+
+
+def similarities(ids, pieces, copied):
+    """How much of each piece (P,) was said before, in the same order, 0 to 1.
+
+    The share of its pairs of neighbouring words whose first (or, the larger counts, latest) use
+    before the piece is equally far back, give or take DRIFT of its length. A copy keeps that
+    distance, whatever words are changed; the phrases that a text is made of do not, while cosines
+    of word counts take a story's names or a contract's terms for a copy. Pairs inside copied
+    spans are counted there, not here: a paragraph may open with a formula. A piece that is mostly
+    such spans is a copy."""
+    pairs = np.flatnonzero((pieces[:-1] == pieces[1:]) & (pieces[:-1] >= 0))
+    best, N = np.zeros(pieces.max(initial=-1) + 1), len(ids)
+    if not len(pairs):
+        return best
+    spans, owner = number_spans(ids, 2), pieces[pairs]
+    sizes, starts = np.bincount(owner), np.zeros(len(best), dtype=int)
+    starts[owner[::-1]] = pairs[::-1]
+    is_free = ~(copied[pairs] & copied[pairs + 1])
+    free = np.bincount(owner[is_free], minlength=len(best))
+    uses = np.sort(spans * N + np.arange(len(spans)))  # by span, then by place
+    wanted = spans[pairs] * N
+    for use in (np.searchsorted(uses, wanted), np.searchsorted(uses, wanted + starts[owner]) - 1):
+        earlier = uses[use] - wanted  # a place, or outside the text: a use of another span
+        found = is_free & (earlier >= 0) & (earlier < starts[owner])
+        # sorted by piece, then by distance: one search finds what is near each distance
+        near = np.sort(owner[found] * 4 * N + (pairs - earlier)[found])
+        reach = (DRIFT * sizes).astype(int)[near // (4 * N)]
+        hits = np.searchsorted(near, near + reach, "right") - np.arange(len(near))
+        np.maximum.at(best, near // (4 * N), hits)
+    return np.where(free < sizes / 2, 1, best / np.maximum(free, 1))
+
+
+def similar_words(ids, lines, copied):
+    """Whether each word is in a paragraph, or piece of one, that resembles an earlier stretch."""
+    pieces = cut_pieces(lines)
+    is_alike = np.append(similarities(ids, pieces, copied) >= ALIKE, False)  # -1 reads the last
+    return is_alike[pieces]
+
+
+def find_copies(text):
+    """{"words": of the text, "spans": share of its words inside copied spans, "paragraphs": share
+    inside similar paragraphs, "runs": [(first, last)] tokens of what is either}."""
+    ids, lines, places, num_words = read_words(text)
+    copied = copied_words(ids)
+    similar = similar_words(ids, lines, copied)
+    edges = np.flatnonzero(np.diff(copied | similar, prepend=False, append=False))
+    total = max(1, len(ids))
+    return {"words": num_words, "spans": copied.sum() / total, "paragraphs": similar.sum() / total,
+            "runs": [*zip(places[edges[::2]], places[edges[1::2] - 1])]}
+
+
+def copied_share(text):
+    """Share of the text's words inside a span of NGRAM words that occurs earlier in it."""
+    return float(find_copies(text)["spans"])
+
+
+def penalty_of(copies):
+    share = max(copies["spans"], copies["paragraphs"])
+    return float(np.clip((share - DEAD_ZONE) / (FULL - DEAD_ZONE), 0, 1))
 
 
 def repetition_penalty(text):
     """0 for text that does not copy itself, 1 from a copied share of FULL on."""
-    return min(1.0, max(0.0, (copied_share(text) - DEAD_ZONE) / (FULL - DEAD_ZONE)))
+    return penalty_of(find_copies(text))
+
+
+def raw_places(text):
+    """Where in the text each character of normalise_text(text) comes from, then its end (n+1,).
+    What combines with the character before it is normalised with it."""
+    joined = "".join(c for c in set(text) if joins_the_last(c))
+    pattern = rf"[\x00-\x7f]+(?![{joined}])|.[{joined}]*" if joined else r"[\x00-\x7f]+|."
+    clusters = re.findall(pattern, text, re.DOTALL)
+    known = {cluster: len(normalise_text(cluster)) for cluster in set(clusters)}
+    sizes = np.array([known[cluster] for cluster in clusters], dtype=int)
+    lengths = np.array([len(cluster) for cluster in clusters], dtype=int)
+    within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+    starts = np.repeat(lengths.cumsum() - lengths, sizes)
+    places = starts + np.minimum(within, np.repeat(lengths, sizes) - 1)
+    return np.append(places, len(text)).tolist()
+
+
+def joins_the_last(character):
+    first = unicodedata.normalize("NFKD", character)[0]
+    return unicodedata.category(first) in ("Mn", "Mc", "Me", "Cf") or "\u1160" <= first <= "\u11ff"
+
+
+def spans_of(text, runs):
+    """[(start, end)] characters of the text, end not included, of runs of its tokens."""
+    if not runs:
+        return []
+    normal = normalise_text(text)
+    tokens = [match.span() for match in re.finditer(token_pattern(normal), normal)]
+    places = range(len(text) + 1) if normal == text else raw_places(text)
+    return [(places[tokens[first][0]], places[tokens[last][1]]) for first, last in runs]
+
+
+def copied_spans(text):
+    """[(start, end)] of the characters that repetition_penalty counts as copied."""
+    return spans_of(text, find_copies(text)["runs"])
+
+
+def copies_reason(copies):
+    kind = max("spans", "paragraphs", key=copies.get)
+    return f"{copies[kind]:.0%} of the words in copied {kind}"
 
 
 def rule_rewards(completion, length, template="think", length_max=2.0, is_truncated=False):
-    """{"length", "format", "repetition", "words", "answer"} of one completion; length [lo, hi]."""
+    """{"length", "format", "repetition", "words", "answer", "copied", "reason"} of one
+    completion; length [lo, hi]; copied: spans of the answer; reason: why format is under 1."""
     answer = find_answer(completion, template)
-    words, penalty = count_words(answer), repetition_penalty(answer)
-    is_whole = bool(answer) and not is_truncated and has_format(completion, template)
-    return {"length": length_reward(words, *length, length_max) if answer else 0.0,
-            "format": (1 - penalty) * is_whole, "repetition": penalty, "words": words,
-            "answer": answer}
+    copies = find_copies(answer)
+    words, penalty = copies["words"], penalty_of(copies)
+    fault = format_fault(completion, template) or "no words" * (not words) \
+        or "cut at the token limit" * is_truncated
+    return {"length": length_reward(words, *length, length_max) if words else 0.0,
+            "format": 0.0 if fault else 1 - penalty, "repetition": penalty, "words": words,
+            "answer": answer, "copied": spans_of(answer, copies["runs"]),
+            "reason": fault or copies_reason(copies) * (penalty > 0)}
 
 
 # ---------------------------------------------------------------- writing

@@ -196,17 +196,37 @@ TEMPLATES_CHINESE = {
         "请写出所要求的正文，并把它放在<answer></answer>中，其中不要有别的内容。\n"
         "<|user|>: {prompt} <|assistant|>:"),
 }
-HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WIDE = HAN + r"\u3040-\u30ff\u31f0-\u31ff\uac00-\ud7af"  # written without spaces: with kana, hangul
-WORD = re.compile(rf"[{WIDE}]|[^\W_{WIDE}]+(?:['\u2019.,-][^\W_{WIDE}]+)*")
+HAN = r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+WIDE = (HAN + r"\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+        r"\U0001aff0-\U0001b16f"  # kana
+        r"\u1100-\u11ff\ua960-\ua97f\uac00-\ud7ff")  # hangul: each of these characters is a word
+FILLERS = "\u115f\u1160\u3164\uffa0"  # hangul letters without a shape
+
+
+def normalise_text(text):
+    """NFKC without invisible characters; a comma between Chinese words joins nothing."""
+    if text.isascii():
+        return text
+    text = re.sub("[\uff0c\uff0e]", " ", text)
+    invisible = {ord(c): None for c in set(text)
+                 if unicodedata.category(c) == "Cf" or c in FILLERS}
+    return unicodedata.normalize("NFKC", text.translate(invisible) if invisible else text)
+
+
+def word_pattern(text):
+    """The pattern of a word in this normalised text: a run holds its letters' combining marks
+    (vowels in Hindi or Thai), which re has no class for."""
+    marks = "" if text.isascii() else "".join(
+        sorted(c for c in set(text) if unicodedata.category(c)[0] == "M"))
+    run = rf"(?:[^\W_{WIDE}][{marks}]*)+" if marks else rf"[^\W_{WIDE}]+"
+    return rf"[{WIDE}]|{run}(?:['\u2019\u2010.,-]{run})*"
 
 
 def find_words(text):
     """Words: one per Han, kana or hangul character, one per run of letters and digits with inner
     apostrophes, hyphens, dots and commas; full-width and invisible disguises undone."""
-    text = re.sub("[\uff0c\uff0e]", " ", text)  # a comma between Chinese words joins nothing
-    text = unicodedata.normalize("NFKC", text)
-    return WORD.findall("".join(c for c in text if unicodedata.category(c) != "Cf"))
+    text = normalise_text(text)
+    return re.findall(word_pattern(text), text)
 
 
 def count_words(text):
@@ -214,8 +234,9 @@ def count_words(text):
 
 
 def count_words_longwriter(text):
-    """As LongWriter's own scripts count: Han characters and runs of Latin letters."""
-    return len(re.findall(r"[\u4e00-\u9fff]|[a-zA-Z]+", text))
+    """LongWriter's count, for LongBench-Write: Han characters of the basic block, and runs of
+    Latin letters that touch no other letter, digit or underscore."""
+    return len(re.findall(r"[\u4e00-\u9fff]|\b[a-zA-Z]+\b", text))
 
 
 def render_chat(tokenizer, turns, to_answer):

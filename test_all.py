@@ -4,8 +4,11 @@
 
 Models are tiny and random, the tokenizer is made here, nothing needs a network or toy/.
 """
+import argparse
 import gzip
 import hashlib
+import heapq
+import inspect
 import itertools
 import json
 import math
@@ -19,8 +22,10 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+import unicodedata
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from functools import partial
@@ -829,10 +834,36 @@ def test_templates_follow_the_language_the_checkpoint_and_the_context(policy):
     ("面包师在海港。", list("面包师在海港")), ("用GPT-4写3万字", ["用", "GPT-4", "写", "3", "万", "字"]),
     ("カタ한국", list("カタ한국")), ("ｆｕｌｌ　ｗｉｄｔｈ", ["full", "width"]),
     ("in\u200bvis\u00adible \u2060", ["invisible"]), ("snake_c — a--b", ["snake", "c", "a", "b"]),
-    ("Élan cafe\u0301", ["Élan", "café"]), ("学Python，Java，Go。", ["学", "Python", "Java", "Go"])])
+    ("Élan cafe\u0301", ["Élan", "café"]), ("学Python，Java，Go。", ["学", "Python", "Java", "Go"]),
+    ("cafe\u200b\u0301", ["café"]), ("well\u2011known", ["well\u2010known"]),
+    ("हिन्दी में", ["हिन्दी", "में"]), ("ภาษาไทย", ["ภาษาไทย"]), ("q\u0323\u0307a 1\ufe0f\u20e3", [
+        "q\u0323\u0307a", "1\ufe0f\u20e3"]), ("カ・タ", list("カタ")), ("𠮷𠮷野", list("𠮷𠮷野")),
+    ("時々〇", list("時々〇")), ("\u1112\u1161\u11abㅋㅋ", ["한", "\u110f", "\u110f"]),
+    ("\u3164 \uffa0\u115f", []), ("\ufe0f \u0301", [])])
 def test_words_are_counted_as_people_count_them(text, words):
-    """A length reward that invisible or full-width characters, or a language, can cheat."""
+    """A length reward that invisible or full-width characters, or a language, can cheat; vowel
+    signs that cut a Hindi or Thai word into pieces."""
     assert find_words(text) == words and count_words(text) == len(words)
+
+
+def test_every_han_kana_and_hangul_character_is_a_word():
+    """A range that ends too early, or takes punctuation in, against the characters' own names."""
+    kinds = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "HIRAGANA LETTER",
+             "KATAKANA LETTER", "HANGUL SYLLABLE", "HANGUL CHOSEONG")
+    for code in range(0x80, 0x32000):
+        character = unicodedata.normalize("NFKC", chr(code))
+        name = unicodedata.name(character, "") if len(character) == 1 else ""
+        is_wide = name.startswith(kinds) and "FILLER" not in name
+        if is_wide or name and unicodedata.category(character)[0] == "P":
+            assert count_words(chr(code) * 3) == 3 * is_wide, hex(code)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("It's a well-known fact of 1999.", 7), ("用GPT-4写3万字", 4), ("naïve café x_1 word", 1),
+    ("カタ 한국 面包", 2), ("", 0)])
+def test_longwriters_own_count_is_kept_apart(text, words):
+    """LongBench-Write scored by a better count than the one that its published scores used."""
+    assert sample.count_words_longwriter(text) == words
 
 
 @pytest.mark.parametrize("completion, template, answer", [
@@ -907,68 +938,366 @@ def test_the_terminal_shows_the_completion_and_nothing_more(policy, capsys):
 @pytest.mark.parametrize("words, lo, hi, expected", [
     (100, 90, 110, 1), (90, 90, 110, 1), (110, 90, 110, 1), (45, 90, 110, 0.5), (0, 90, 110, 0),
     (165, 90, 110, 0.5), (220, 90, 110, 0), (5000, 90, 110, 0), (0, 0, 10, 1), (15, 0, 10, 0.5),
-    (7, 7, 7, 1), (0, 0, 0, 1)])
+    (7, 7, 7, 1), (8, 7, 7, 6 / 7), (0, 0, 0, 1), (1, 0, 0, 0), (9, 5, math.inf, 1)])
 def test_the_length_reward_is_the_papers_piecewise_form(words, lo, hi, expected):
     """A corner that divides by zero, a reward below 0, or one that pays for running on."""
     assert reward.length_reward(words, lo, hi, 2.0) == pytest.approx(expected)
+    no_slope = reward.length_reward(words, lo, hi, 1.0)  # hi is the maximum
+    assert no_slope == pytest.approx(expected if words <= hi else 0)
 
 
-@pytest.mark.parametrize("completion, is_right", [
-    ("<think>a</think><answer>b</answer>", True),
-    ("\n<think>a</think>\n\n<answer>\nb\n</answer>\n<|endoftext|>", True),
-    ("<answer>b</answer>", False), ("<think>a</think>b", False), ("", False),
-    ("<think>a</think><answer>b", False), ("<think>a<answer>b</answer>", False),
-    ("<think>a</think><think>a</think><answer>b</answer>", False),
-    ("<think>a</think><answer>b</answer><answer>c</answer>", False),
-    ("<think>a</think><answer>b</answer> and more", False),
-    ("x<think></think><answer></answer>", False), ("<answer>b</answer><think>a</think>", False),
-    ("<think>a</think>so<answer>b</answer>", False),
-    ("<think>a</think><answer><think>b</think></answer>", False),
-    ("<think>a</think><answer>b<Answer>c</answer>", False),
-    ("<think>a< / think ></think><answer>b</answer>", False)])
-def test_the_format_is_one_think_then_one_answer(completion, is_right):
-    """Tag games: nested, repeated, re-opened, unclosed, in upper case, or split by spaces."""
-    assert reward.has_format(completion) == is_right
-    if completion.startswith("<think>a</think><answer>"):
-        assert reward.has_format(completion[16:], "direct") == is_right
+THOUGHT = "<think>a</think>"
 
 
-def test_copied_share_equals_a_quadratic_count():
-    """A set of spans that marks the first occurrence too, or misses overlapping copies."""
+@pytest.mark.parametrize("completion, fault", [
+    (THOUGHT + "<answer>b</answer>", ""),
+    (f"\n{THOUGHT}\n\n<answer>\nb\n</answer>\n<|endoftext|>", ""),
+    ("<answer>b</answer>", "no <think>"), (THOUGHT + "b", "no <answer>"), ("", "no <think>"),
+    (THOUGHT + "<answer>b", "no </answer>"), ("<think>a<answer>b</answer>", "no </think>"),
+    (THOUGHT + THOUGHT + "<answer>b</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b</answer><answer>c</answer>", "2 <answer>"),
+    (THOUGHT + "<answer>b</answer> and more", "text outside the blocks"),
+    (THOUGHT + "<answer>b</answer><|endoftext|> more", "text outside the blocks"),
+    ("x" + THOUGHT + "<answer>b</answer>", "text outside the blocks"),
+    (THOUGHT + "so<answer>b</answer>", "text outside the blocks"),
+    (THOUGHT + "\u200b<answer>b</answer>", "text outside the blocks"),
+    (THOUGHT + "<answer> ... </answer>", "no words in <answer>"),
+    ("<answer>b</answer>" + THOUGHT, "<answer> before <think>"),
+    ("<think><answer>b</answer></think>", "nested tags"),
+    (THOUGHT + "<answer><think>b</think></answer>", "2 <think>"),
+    (THOUGHT + "<answer>b<Answer>c</answer>", "2 <answer>"),
+    (THOUGHT + "<answer>b</answer</answer>", ""),  # text, not a tag
+    ("<think>a< / think ></think><answer>b</answer>", "2 </think>"),
+    ("<think>a</THINK><answer>b</answer>", "a tag in disguise"),
+    (THOUGHT + "<answer>b<th\u200bink>c</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b＜think＞c</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b<th\nink>c</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b<\u0430nswer>c</answer>", "2 <answer>"),  # a Cyrillic a
+    (THOUGHT + '<answer>b<think id="2">c</answer>', "2 <think>"),
+    (THOUGHT + "<answer>if guess < answer and guess > 3: <em>low</em></answer>", "")])
+def test_the_format_is_one_think_then_one_answer(completion, fault):
+    """Tag games: nested, repeated, re-opened, unclosed, in upper case, split, or disguised; and
+    honest code that compares a variable with one called answer."""
+    assert reward.format_fault(completion) == fault
+    assert reward.format_fault(completion, "chat") == ""
+    if completion.startswith(THOUGHT + "<answer>") and fault[:1] != "2":
+        assert reward.format_fault(completion[len(THOUGHT):], "direct") == fault
+    assert "<think>" in reward.format_fault(THOUGHT + "<answer>b</answer>", "direct")
+
+
+def slow_similarities(words, lines, copied):
+    """(similarity, size) of each piece, from the definition."""
+    found = []
+    for _, group in itertools.groupby(range(len(words)), key=lines.__getitem__):
+        group = list(group)
+        parts = -(-len(group) // 100) if len(group) >= 20 else 0
+        for part in range(parts):
+            piece = [j for i, j in enumerate(group) if i * parts // len(group) == part]
+            free = [i for i in piece[:-1] if not {i, i + 1} <= copied]
+            uses = [[j for j in range(piece[0]) if words[j:j + 2] == words[i:i + 2]] for i in free]
+            best, reach = 0, (len(piece) - 1) // 4
+            for choose in (min, max):
+                back = [i - choose(earlier) for i, earlier in zip(free, uses) if earlier]
+                best = max([best] + [sum(d <= e <= d + reach for e in back) for d in back])
+            is_copy = len(free) < (len(piece) - 1) / 2
+            found.append((1 if is_copy else best / len(free), len(piece)))
+    return found
+
+
+def test_copies_equal_a_quadratic_count():
+    """A set of spans that marks the first occurrence too, or misses overlapping copies; a
+    paragraph compared with itself, with words of its neighbours, or with the wrong piece."""
     rng = random.Random(0)
-    for _ in range(60):
-        words = [rng.choice("abcd") for _ in range(rng.randrange(60))]
+    for trial in range(60):
+        words = rng.choices("abcdefghjkmnpqrstuvw"[:rng.choice((4, 20))], k=rng.randrange(200))
         start = rng.randrange(len(words) + 1)
-        words += words[start:start + 20]
+        words += words[start:start + 150]
         copied = {place + i for place in range(len(words)) for earlier in range(place)
                   for i in range(5) if place + 5 <= len(words)
                   and words[place:place + 5] == words[earlier:earlier + 5]}
-        assert reward.copied_share(" ".join(words), 5) == len(copied) / max(1, len(words))
-    honest = " ".join(f"w{n}" for n in range(100))
-    assert reward.repetition_penalty(honest) == 0 and reward.repetition_penalty("") == 0
-    assert reward.repetition_penalty(honest + " " + honest) == 1
-    assert reward.copied_share(honest + " " + honest.upper().replace("W", "\u200bW")) == 0.5
-    shares = [reward.copied_share(" ".join([honest, *honest.split()[:n]])) for n in (12, 13)]
-    assert shares[0] == 0 < shares[1]  # a copy is 13 words long
+        lines = sorted(rng.randrange(1 + trial % 9) for _ in words)
+        text = "\n".join(" ".join(w for w, i in zip(words, lines) if i == line)
+                         for line in range(9))
+        ids, found_lines, places, num_words = reward.read_words(text)
+        assert found_lines.tolist() == lines and num_words == len(words) == len(places)
+        assert np.flatnonzero(reward.copied_words(ids, 5)).tolist() == sorted(copied)
+        pieces, expected = reward.cut_pieces(found_lines), slow_similarities(words, lines, copied)
+        similarities = reward.similarities(ids, pieces, reward.copied_words(ids, 5))
+        sizes = np.bincount(pieces + 1, minlength=1)[1:]
+        assert [*zip(similarities[sizes > 0], sizes[sizes > 0])] == expected
+
+
+def test_copied_spans_are_those_of_the_raw_text():
+    """A page that highlights the wrong words after a character that NFKC makes longer, shorter
+    or part of the one before it."""
+    text = " ".join(f"w{n}x" for n in range(20))
+    for start in ("", "… ﬁ ㌀ \u200b", "e\u0301\u0323 ｶﾞ 1/2 ½ \u1112\u1161\u11ab "):
+        for copy in (text, text.upper(), text.replace("x", "ｘ"), text.replace(" ", " 7 "),
+                     text.replace("w", "\u200bw\u00ad")):
+            raw = f"{start}{text}. Then {copy}; {start}"
+            (first, end), = reward.copied_spans(raw)
+            assert raw[first:end].strip("\u200b") == copy.strip("\u200b")
+    assert reward.copied_spans(text) == reward.copied_spans("") == []
+    one, two, new = (" ".join(f"w{n}x" for n in range(*ends))
+                     for ends in ((0, 15), (15, 30), (30, 70)))
+    raw = f"{one} {two}\n\n{one} other {two} {new}"
+    assert [raw[start:end] for start, end in reward.copied_spans(raw)] == [one, two]
+    assert reward.copied_share(raw) == 30 / 101
+    assert reward.repetition_penalty(f"{two} {two}") == 1 and reward.copied_share("") == 0
+    assert reward.copied_share(f"{one} {one[:47]}") == 0  # a copy is 13 words long
 
 
 def test_answers_that_are_missing_cut_or_unclosed_have_rewards():
     """A sample without an answer that raises, or one cut at the cap that counts as well formed."""
     right = "<think>a</think><answer>" + "word " * 10 + "</answer>"
-    keys = ("length", "format", "words")
-    rewards = lambda *arguments: [reward.rule_rewards(*arguments)[key] for key in keys]
-    assert rewards(right, [9, 11]) == [1, 1, 10]
-    assert rewards(right, [9, 11], "think", 2.0, True) == [1, 0, 10]  # cut at the cap
-    assert rewards(right[:-9], [9, 11]) == [1, 0, 10]
-    for text in ("", "<think>a", "<think>a</think><answer></answer>", "<answer>"):
-        assert rewards(text, [0, 11]) == [0, 0, 0]
+    rewards = lambda *arguments: [reward.rule_rewards(*arguments)[key] for key in (
+        "length", "format", "words", "reason")]
+    assert rewards(right, [9, 11]) == [1, 1, 10, ""]
+    assert rewards(right, [9, 11], "think", 2.0, True) == [1, 0, 10, "cut at the token limit"]
+    assert rewards(right[:-9], [9, 11]) == [1, 0, 10, "no </answer>"]
+    assert rewards("b c", [1, 2], "chat") == [1, 1, 2, ""]
+    assert rewards("...", [0, 2], "chat") == [0, 0, 0, "no words"]
+    for text in ("", "<think>a", "<think>a</think><answer></answer>", "<answer>",
+                 "<think>a</think><answer>!!!!</answer>"):
+        assert rewards(text, [0, 11])[:3] == [0, 0, 0]
 
 
-def test_a_little_repetition_costs_nothing(monkeypatch):
+def test_a_little_repetition_costs_nothing():
     """Honest texts that lose 0.01 each, which normalisation makes as large as any difference."""
-    for share, penalty in ((0.0, 0), (0.1, 0), (0.25, 0.5), (0.4, 1), (1.0, 1)):
-        monkeypatch.setattr(reward, "copied_share", lambda text: share)
-        assert reward.repetition_penalty("any") == pytest.approx(penalty)
+    for share, penalty in ((0.0, 0), (0.15, 0), (0.275, 0.5), (0.4, 1), (1.0, 1)):
+        for kind, other in (("spans", "paragraphs"), ("paragraphs", "spans")):
+            assert reward.penalty_of({kind: share, other: 0}) == pytest.approx(penalty)
+
+
+# ---------------------------------------------------------------- reward: attacks, honest texts
+
+def make_prose(seed=0, words=600, paragraph=70):
+    """Made-up words as often as real ones (Zipf), in sentences and paragraphs."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(rng.choices("ka lo mi re su ta ne vo pi du".split(), k=1 + n // 40 % 4))
+                  + rng.choice("bdglmnrst") for n in range(1600)]
+    text = rng.choices(vocabulary, [1 / (n + 3) for n in range(1600)], k=words)
+    for end in itertools.accumulate(iter(lambda: rng.randint(6, 20), None)):
+        if end >= words:
+            return " ".join(text) + "."
+        text[end] = text[end].capitalize()
+        text[end - 1] += ".\n\n" if end % paragraph < 14 else "."
+
+
+def make_chinese(seed=0, words=300, first=0x4E00):
+    """Two-character words as often as real ones, with commas, stops and paragraphs."""
+    rng = random.Random(seed)
+    vocabulary = ["".join(chr(first + rng.randrange(2000)) for _ in "ab") for _ in range(1200)]
+    text = rng.choices(vocabulary, [1 / (n + 9) for n in range(1200)], k=words)
+    return "".join(w + ("。\n" if n % 60 == 59 else "，" if n % 7 == 6 else "")
+                   for n, w in enumerate(text))
+
+
+def change(text, share=0.3, seed=1, unit=r"[a-z]+"):
+    """Every word that the dice choose becomes another of the text's own."""
+    rng, pool = random.Random(seed), re.findall(unit, text)
+    return re.sub(unit, lambda m: rng.choice(pool) if rng.random() < share else m[0], text)
+
+
+def change_every(text, n, make):
+    places = itertools.count(1)
+    return re.sub(r"[a-z]+", lambda m: m[0] if next(places) % n else make(m[0]), text)
+
+
+def drift(text, times):
+    return "\n\n".join(itertools.accumulate(range(times), lambda last, n: change(last, 0.3, n),
+                                            initial=text))
+
+
+def shuffle(text, separator):
+    parts = text.split(separator)
+    random.Random(3).shuffle(parts)
+    return separator.join(parts)
+
+
+PROSE, CHINESE = make_prose(), make_chinese()
+PARAGRAPH, LINE = make_prose(5, 60, 10**6), "The lamp was lit and the sea was calm."
+PROMPT = "Write a story of 600 words about the keeper of a lighthouse who finds a letter. "
+spell = lambda source, target: lambda text: text.translate(str.maketrans(source, target))
+DISGUISES = {  # of a copy of the text, put after the text
+    "plain": str, "upper case": str.upper, "from the middle": lambda t: t[1000:],
+    "accents": lambda t: re.sub("[aeiou]", "\\g<0>\u0301", t),
+    "zero width": lambda t: re.sub("[aeiou]", "\\g<0>\u200b", t),
+    "soft hyphens": lambda t: re.sub("[aeiou]", "\\g<0>\u00ad", t),
+    "variation selectors": lambda t: re.sub("[aeiou]", "\\g<0>\ufe0f", t),
+    "hangul fillers": lambda t: re.sub("[aeiou]", "\\g<0>\u3164", t),
+    "word joiners": lambda t: "\u2060".join(t),
+    "right to left": lambda t: t.replace(" ", " \u202e"),
+    "full width": lambda t: re.sub("[A-z]", lambda m: chr(ord(m[0]) + 0xFEE0), t),
+    "bold mathematics": lambda t: re.sub("[a-z]", lambda m: chr(ord(m[0]) + 0x1D3B9), t),
+    "Cyrillic": spell("aeopcyxikmt", "аеорсухікмт"), "Greek": spell("oviktau", "ονικταυ"),
+    "small capitals": spell("abdegklmnoprstuv", "ᴀʙᴅᴇɢᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠ"),
+    "a Cyrillic letter a word": lambda t: re.sub(r"o\B", "о", t),
+    "digits for letters": spell("io", "10"),
+    "hyphens": lambda t: re.sub(r"(\w\w)(\w)", r"\1-\2", t),
+    "other punctuation": lambda t: t.replace(".", "!?"),
+    "commas": lambda t: t.replace(" ", ", "),
+    "markdown": lambda t: re.sub(r"\w{4,}", r"**\g<0>**", t),
+    "a line a word": lambda t: t.replace(" ", "\n"),
+    "one paragraph": lambda t: t.replace("\n\n", " "),
+    "shuffled": lambda t: shuffle(t, "\n\n"), "shuffled sentences": lambda t: shuffle(t, ". "),
+    "numbers between": lambda t: change_every(t, 9, lambda w: w + " 17"),
+    "30% changed": change, "30% changed, shuffled": lambda t: shuffle(change(t), "\n\n"),
+    "every third word changed": lambda t: change_every(t, 3, lambda w: "qua" + w),
+    "words put in": lambda t: change_every(t, 4, lambda w: w + " then"),
+    "words left out": lambda t: change_every(t, 4, lambda w: ""),
+    "30% changed, zero width": lambda t: "\u200b".join(change(t)),
+    "30% changed, Cyrillic": lambda t: spell("aeo", "аео")(change(t)),
+    "30% changed, other breaks": lambda t: change(t).replace("\n\n", "\u2029"),
+    "30% changed, one paragraph": lambda t: change(t).replace("\n\n", " ")}
+LOOPS = {
+    "a paragraph ten times": f"{PARAGRAPH}\n\n" * 10,
+    "a paragraph changed ten times": "\n\n".join(change(PARAGRAPH, 0.3, n) for n in range(10)),
+    "a copy of a copy of a copy": drift(PARAGRAPH, 10),
+    "a paragraph after each new one": re.sub("\n\n", f"\n\n{PARAGRAPH}\n\n", PROSE),
+    "in one breath": f"{PROSE} {change(PROSE)}".replace("\n", " "),
+    "a line": f"{LINE} " * 60, "a line a paragraph": f"{LINE}\n\n" * 60,
+    "numbered lines": "\n".join(f"{n}. {LINE}" for n in range(60)),
+    "numbered in a line": " ".join(f"({n}) {LINE}" for n in range(60)),
+    "chapters": "\n\n".join(f"Chapter {n}\n\n{PARAGRAPH}" for n in range(10)),
+    "a word": "word " * 600, "two words": "ha ho " * 300, "the prompt": PROMPT * 40,
+    "a million characters": "word " * 200_000}
+CHINESE_LOOPS = {
+    "plain": CHINESE * 2, "in one line": CHINESE.replace("\n", "") * 2,
+    "a phrase": "海港的灯亮了，" * 90, "zero width": CHINESE + "\u200b".join(CHINESE),
+    "no commas": CHINESE + CHINESE.replace("，", ""),
+    "numbered": "\n".join(f"{n}、{CHINESE[:40]}" for n in range(20)),
+    "20% changed": CHINESE + change(CHINESE, 0.2, 1, r"\w")}
+PADDING = {
+    "the prompt": PROMPT, "nothing": "", "a character": "a", "!!!!": "!!!!",
+    "a million of one letter": "a" * 1_000_000, "a million dots": ". " * 500_000,
+    "invisible words": "\u200b\u2060 " * 600, "words without a shape": "\u3164 " * 600,
+    "faces": "🙂 " * 600, "letter by letter": " ".join(PROSE), "a third": PROSE[:len(PROSE) // 3],
+    "hyphens for spaces": PROSE.replace(" ", "-"), "on and on": PROSE + make_prose(7, 700)}
+TAGS = {  # {t} a thought, {a} the answer in its tags, {p} its text
+    "the answer twice": "{t}{a}{a}", "thinking twice": "{t}{t}{a}", "swapped": "{a}{t}",
+    "again": "{t}{a}<think>{p}", "nested": "<think><answer>{p}</answer></think>",
+    "unclosed": "{t}<answer>{p}", "no thinking": "{a}", "only thinking": "{t}", "none": "{p}",
+    "upper case": "{t}<ANSWER>{p}</ANSWER>", "spaces": "{t}< answer >{p}</ answer >",
+    "before": "Sure! {t}{a}", "after": "{t}{a} I hope you like it.", "between": "{t}So: {a}",
+    "thinking inside": "{t}<answer>{t}{p}</answer>", "closed twice": "{t}{a}</answer>",
+    "open": "{t}<answer>{p}<answer></answer>", "torn": "{t}<answer>{p}<th\nink>{p}</answer>",
+    "zero width": "{t}<answer><\u200bthink>a</\u200bthink>{p}</answer>",
+    "full width": "{t}<answer>＜ｔｈｉｎｋ＞{p}</answer>",
+    "Cyrillic": "{t}<answer><thіnk>{p}</answer>", "accents": "{t}<answer><thínk>{p}</answer>",
+    "attributes": "{t}<answer><think hidden>{p}</answer>",
+    "another name": "{t}<answer><thinking>a</thinking>{p}</answer>",
+    "small brackets": "{t}<answer>‹think›{p}‹/think›</answer>"}
+ANSWER = THOUGHT + "<answer>{}</answer>"
+ATTACKS = {  # name: (component that must fall, honest text of its kind, completion)
+    f"{kind}: {name}": (component, honest, form(text))
+    for kind, component, honest, table, form in (
+        ("copy", "format", PROSE, DISGUISES,
+         lambda disguise: ANSWER.format(f"{PROSE}\n\n{disguise(PROSE)}")),
+        ("loop", "format", PROSE, LOOPS, ANSWER.format),
+        ("Chinese", "format", CHINESE, CHINESE_LOOPS, ANSWER.format),
+        ("padding", "length", PROSE, PADDING, ANSWER.format),
+        ("tags", "format", PROSE, TAGS,
+         partial(str.format, t=THOUGHT, a=f"<answer>{PROSE}</answer>", p=PROSE)))
+    for name, text in table.items()}
+
+
+def rate(text, num_words):
+    return reward.rule_rewards(text, [int(0.9 * num_words), int(1.1 * num_words) + 1])
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_falls_below_the_honest_text_of_its_kind(name):
+    """A way to be paid for copies, padding or tags instead of writing."""
+    component, honest, completion = ATTACKS[name]
+    fair, found = (rate(text, count_words(honest)) for text in (ANSWER.format(honest), completion))
+    assert fair["length"] == fair["format"] == 1 and fair["reason"] == ""
+    assert found[component] <= 0.5, found["reason"]
+    if component == "format":
+        assert found["reason"] and (name.startswith("tags") or found["copied"])
+
+
+FACTS = [sentence.strip() for sentence in make_prose(21, 3000).split(".") if sentence.strip()]
+SCRIPTS = {"Russian": 0x430, "Greek": 0x3B1, "Arabic": 0x627, "Hebrew": 0x5D0, "Hindi": 0x915,
+           "Thai": 0xE01, "Georgian": 0x10D0}
+REFRAIN = "Row the boat, row the boat, the harbour light is low"
+CLAUSE = "The Supplier shall not, without the prior written consent of the Buyer, which shall not "\
+    "be unreasonably withheld or delayed,"
+
+
+def fill(form, count, start=0, join="\n"):
+    """The form for each of many: {n} its number, {a}, {b}, {c} sentences, {w}, {v} words."""
+    texts = []
+    for n in range(1, count + 1):
+        a, b, c = FACTS[start + 3 * n:start + 3 * n + 3]
+        texts.append(form.format(n=n, a=a, b=b, c=c, w=a.split()[-1], v=b.split()[-1]))
+    return join.join(texts)
+
+
+HONEST = {
+    "prose": PROSE, "more prose": make_prose(9), "a long text": make_prose(11, 10_000),
+    "a short text": make_prose(12, 40), "one sentence": FACTS[0], "a word": "Yes.",
+    "one paragraph": make_prose(13, 1500, 10**6), "a line a sentence": "\n".join(FACTS[:60]),
+    "dialogue": fill('"{a}," said Anna.\n"{w}?" he said. "{b}."', 20),
+    "said and asked": fill('"{w}?" asked the keeper of the light.\n"{a}," said the girl.', 30),
+    "a screenplay": fill("ANNA\n(quietly)\n{a}.\n\nTOM\n{w}! {b}.\n\nCUT TO:\n", 15),
+    "an interview": fill("**Interviewer:** What do you say of {w}?\n**Guest:** {a}. {b}.", 12),
+    "a song": fill("{a},\n{b},\n{c},\n" + REFRAIN + ".\n", 9),
+    "a song with a chorus": fill("{a},\n{b}.\n{c}.\n", 4) + "\n".join(
+        f"{REFRAIN},\n{FACTS[3]}.\n\n" + fill("{a},\n{b},\n{c}.\n", 6, 50 * n) for n in (1, 2, 3)),
+    "a poem of returning lines": "\n".join(line for n in range(6) for line in (
+        FACTS[3 * n], FACTS[3 * n + 1], (LINE, REFRAIN)[n % 2])),
+    "a litany": fill("Blessed be the {w}, for {a}.", 30),
+    "I have a dream": fill("I have a dream that one day {a}, {b}.", 12),
+    "a list": fill("- {a}", 50), "a numbered list": fill("{n}. **{w}**: {a}", 40),
+    "a nested list": fill("{n}. {w}\n   - {a}\n   - {b}", 20),
+    "a glossary": fill("**{w}** (noun): {a}.", 40),
+    "questions": fill("### What is {w}?\n{a}. {b}.", 20),
+    "a recipe": fill("- {n}0 g of {w}", 12) + fill(
+        "\n\nStep {n}: {a}, then stir for {n} minutes.", 9),
+    "a table": "| name | place | price |\n|---|---|---|\n" + fill("| {w} | {v} | {n}2.50 |", 40),
+    "a table of numbers": "\n".join(
+        " ".join(str(n * k % 97) for k in range(1, 12)) for n in range(40)),
+    "a timetable": fill("Day {n}\n09:00 {w}\n12:30 Lunch\n14:00 {v}\n19:00 Dinner", 14),
+    "an inventory": fill("{w}: {n} pieces, {v}", 60),
+    "JSON": "[" + fill('  {{"id": {n}, "name": "{w}", "text": "{a}"}},', 30) + "]",
+    "HTML": fill('<div class="card"><h2>{w}</h2><p>{a}. {b}.</p></div>', 20),
+    "code": inspect.getsource(textwrap), "more code": inspect.getsource(heapq),
+    "a guessing game": fill("# {a}\n", 20) + "while guess < answer and guess > 0:\n    try(1)\n",
+    "docs": re.sub(r"\n {4,}", " ", textwrap.__doc__ + argparse.__doc__ + random.Random.__doc__),
+    "a contract": fill("{n}. {a}. {b}. {c}.\n", 12) + fill(
+        f"{{n}}.1 {CLAUSE} {{a}}. {{b}}. {{c}}.\n", 5, 60),
+    "a law": fill("Section {n}. {w}\n(1) A person who {a} commits an offence.\n(2) For the "
+                  "purposes of subsection (1), {b}.\n(3) Nothing here applies to {c}.", 12),
+    "definitions": fill('"{w}" means, for the purposes of this Agreement, {a}, {b}.', 25),
+    "minutes": fill("Item {n}: {w}\nThe chair opened it. {a}. {b}.\nIt was agreed that {c}.", 12),
+    "letters": fill("Dear Sir or Madam,\n\n{a}. {b}. {c}.\n\nYours faithfully,\nA. Keeper\n", 8),
+    "a diary": fill("Monday, {n} May\n\nDear diary, {a}. {b}.", 15),
+    "a report": fill("## {n}. {w}\n\n{a}. {b}.\n\n### {n}.1 Summary\n\n{c}.", 12),
+    "footnotes": fill("{a}.[{n}]", 30) + fill("\n[{n}] {w}, {v}, 19{n}, p. {n}.", 30),
+    "citations": fill("[{n}] {w}, A., & {v}, B. (20{n}). {a}. Sea Letters, {n}(2), 1-{n}.", 20),
+    "a log": fill("2024-05-01 12:{n}:00 INFO worker {n}: {a}", 40),
+    "mathematics": fill("Let x_{n} > {n}. Then {a}, so x_{n} + {n} = y_{n}; {b}. ∎", 20),
+    "faces": fill("{a} 🙂 {b} 🎉", 20), "told twice": PROSE + " ".join(PROSE.split()[-60:]),
+    "Chinese prose": CHINESE, "Chinese, long": make_chinese(4, 4000),
+    "Chinese dialogue": "\n".join(f"“{line}。”阿明说。" for line in make_chinese(5).split("，")),
+    "Chinese law": "\n".join(f"第{n}条　{line}，依法承担责任。"
+                             for n, line in enumerate(make_chinese(6, 900).split("\n"))),
+    "Japanese": make_chinese(7, 400, 0x3041).replace("\n", "です\n"),
+    "Korean": make_chinese(8, 400, 0xAC00).replace("，", " "),
+    "mixed": "\n".join(f"{a} {b}" for a, b in zip(FACTS, CHINESE.split("，"))),
+    "Chinese with names": CHINESE.replace("，", " GPT-4 的 Python 代码，")[:400]}
+HONEST |= {name: make_prose(ord(name[0]), 400).translate(
+    {ord("a") + n: chr(first + n) for n in range(26)}) for name, first in SCRIPTS.items()}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_text_loses_nothing(name):
+    """Refrains, boilerplate, forms, code or scripts that are taken for copies or tags."""
+    text = HONEST[name]
+    for completion in (text, text.replace("\n", "\r\n"), unicodedata.normalize("NFD", text)):
+        found = rate(ANSWER.format(completion), count_words(text))
+        assert found["length"] == 1 and found["format"] >= 0.95, found["reason"]
 
 
 # ---------------------------------------------------------------- reward: the reward model
@@ -2028,6 +2357,18 @@ def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     assert "prompt 0:" in out and "prompt 5000:" in out
 
 
+def test_reach_is_measured_in_each_script(policy):
+    """Chinese requests dropped by what English words cost, or kept, when both are in one file."""
+    tokenizer = load_tokenizer(policy)
+    prompts = {"English": "before you write " * 9, "Chinese": "先思考再写作" * 3}
+    rows = [{"id": f"{name} {n}", "prompt": prompt, "length": [n, n]}
+            for name, prompt in prompts.items() for n in (90, 110)]
+    for name, prompt in prompts.items():
+        cap = int(100 * len(tokenizer.encode(prompt)) / count_words(prompt))
+        kept = grpo.drop_unreachable(rows, tokenizer, cap, False)
+        assert [row["id"] for row in kept if row["prompt"] == prompt] == [f"{name} 90"]
+
+
 # ---------------------------------------------------------------- reward: the judge
 
 class JudgeServer(BaseHTTPRequestHandler):
@@ -2452,7 +2793,7 @@ def test_a_folder_writes_and_judges_through_the_same_code(bench, policy, judge_u
     run = tmp_path / "run"
     made = [json.loads(line) for line in (run / "generated.jsonl").open()]
     asked = [row.get("query") or row["question"] for row in BENCHES[bench][:2]]
-    assert JudgeServer.asked == asked and len(made) == 4
+    assert sorted(JudgeServer.asked) == sorted(asked) and len(made) == 4
     theirs = [json.loads(line) for line in (run / "responses-there.jsonl").open()]
     assert [row["response"] for row in theirs] == [prompt[:20] for prompt in asked]
     for row, prompt in zip([row for row in made if row["name"] == "here"], asked):
