@@ -1873,6 +1873,11 @@ def test_a_wrong_address_name_or_key_is_one_line(judge_url, tmp_path, monkeypatc
                        (f"http://127.0.0.1:{free_port()}/v1", "cannot be reached")):
         with pytest.raises(InputError, match=words):
             make_judge(url, tmp_path).score(["Do"] * 40, [str(n) for n in range(40)])
+    JudgeServer.say = lambda prompt, number: (500, "down") if JudgeServer.asked else '{"score": 1}'
+    JudgeServer.asked.clear()
+    judge = make_judge(judge_url, tmp_path, concurrency=1)
+    assert sum(map(math.isnan, judge.score(["Do"] * 11, [str(n) for n in range(11)]))) == 10
+    assert len(JudgeServer.asked) == 1 + 3 * 2 + 7  # soon a try each is enough
     with pytest.raises(InputError, match="OPENAI_API_KEY"):
         reward.Endpoint("https://api.example.com/v1", "judge")
     with pytest.raises(InputError, match="the name of a model"):
@@ -2227,6 +2232,7 @@ def test_a_benchmarks_own_prompt_is_used_as_it_is(judge_url, tmp_path, capsys):
     (evaluate, "responses=[1]", "a JSON dict of names"),
     (evaluate, "responses=nowhere.jsonl", "nowhere.jsonl: no such file"),
     (evaluate, "judge=nowhere", "bench=health asks none"),
+    (evaluate, "anchor=nobody", "anchor=nobody: expected one of"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
     (sample, "model=/nowhere", "/nowhere"), (sample, "prompts=nowhere.jsonl", "nowhere.jsonl"),
     (sample, "max_tokens=0", "max_tokens"), (sample, "temperature=-1", "temperature"),
