@@ -153,10 +153,10 @@ CHECKS = {"writingbench": writingbench_item, "longbench_write": longbench_item,
 
 
 def load_items(bench, path, columns, limit):
-    """The Items of a file, each id once; health without a file: the toy's prompts."""
+    """The Items of a file, each id once."""
     if bench == "health":
         items = [Item(row["id"], row["prompt"], row["length"])
-                 for row in load_prompts(path or TOY / "held_out.jsonl", columns)]
+                 for row in load_prompts(path, columns)]
     elif path:
         items = load_rows(path, CHECKS[bench])
     else:
@@ -875,6 +875,27 @@ def print_dry_run(items, writers, questions):
         print(f"\n{questions[0].text}")
 
 
+def describe_sources(config):
+    """Who wrote and who judged, and how they were sampled; of what was read, its hash."""
+    judge_sampling = config["judge_sampling"]
+    if config["judge"] and not is_url(config["judge"]):
+        judge_sampling = FOLDER_JUDGE | judge_sampling
+    if config["responses"]:
+        files = named(config["responses"], "responses")
+        writers, sampling = {name: hash_file(path) for name, path in files.items()}, {}
+    else:
+        writers = named(config["model"], "model")
+        sampling = {key: config[key] for key in (
+            "template", "max_tokens", "temperature", "top_p", "top_k", "seed", "sampling")}
+    return {"writers": writers, "sampling": {"texts": sampling, "judge": judge_sampling}}
+
+
+def find_data(config):
+    """The file of rows: health has the toy's prompts unless there are responses."""
+    is_toy = config["bench"] == "health" and not config["responses"]
+    return config["data"] or (str(TOY / "held_out.jsonl") if is_toy else "")
+
+
 def summarise_run(config, items, texts, models, healths, found, questions, verdicts):
     """(results.json's content, share of what is unscored)"""
     bench, checks = config["bench"], {}
@@ -894,12 +915,10 @@ def summarise_run(config, items, texts, models, healths, found, questions, verdi
         "bench": bench, "models": found, "judge": ", ".join(judges),
         "judge_prompt_sha256": hashlib.sha256(load_prompt(bench, config["judge_prompt"]).encode())
         .hexdigest() if questions else "",
-        "is_official_prompt": bool(config["judge_prompt"]), "data": config["data"],
-        "data_sha256": hash_file(config["data"]),
+        "is_official_prompt": bool(config["judge_prompt"]), "data": find_data(config),
+        "data_sha256": hash_file(find_data(config)),
         "subsets_sha256": {name: hash_file(path) for name, path in config["subsets"].items()},
-        "sampling": {"texts": {key: config[key] for key in (
-            "template", "max_tokens", "temperature", "top_p", "top_k", "seed", "sampling")},
-            "judge": config["judge_sampling"]},
+        **describe_sources(config),
         "tokens": {"texts": sum_tokens([text.tokens for name in models for text in texts[name]]),
                    "judge": sum_tokens([v.tokens for v in verdicts])},
         "unscored": dict(reasons), **checks, "commit": find_commit(), "command": sys.argv,
@@ -916,13 +935,11 @@ def baselines_of(items):
 
 def load_known(config):
     """(items, {name: texts}) of what is there before anything is asked; {} to be generated."""
-    bench, files = config["bench"], {}
-    if config["responses"]:
-        files = named(config["responses"], "responses")
-    if bench == "health" and files and not config["data"]:
+    files = named(config["responses"], "responses") if config["responses"] else {}
+    if config["bench"] == "health" and files and not config["data"]:
         items = items_of(files.values())[:config["limit"] or None]
     else:
-        items = load_items(bench, config["data"], config["columns"], config["limit"])
+        items = load_items(config["bench"], find_data(config), config["columns"], config["limit"])
     return items, {name: load_texts(path, items) for name, path in files.items()}
 
 
