@@ -59,7 +59,8 @@ CONFIG = dict(
     judge_prompt="",            # a file with the benchmark's own judge prompt
     judge_sampling={},          # {"temperature": 1}: a URL is sent this and nothing more
     concurrency=16,             # questions under way at an endpoint
-    timeout=600.0,              # seconds for an endpoint's answer, its tries together
+    timeout=600.0,              # seconds for an endpoint's answer, its tries together; a try may
+                                # take a third of it
     anchor="",                  # Arena-Write: who has Elo 1000; the first baseline unless named
     limit=0,                    # only the first prompts; 0: all
     dry_run=False,              # only print calls, tokens and one prompt for the judge
@@ -122,8 +123,9 @@ def asked_words(prompt):
 def writingbench_item(row, number):
     key = "checklist" if "checklist" in row else "criteria"  # v2 or v1
     criteria = need(row, key, list)
-    for criterion in criteria:
-        need(criterion, "name", str)
+    names = [need(criterion, "name", str) for criterion in criteria]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected each criterion once, found {sorted(names)}")
     query = need(row, "query", str)
     return Item(need(row, "index", (int, str)), query, asked_words(query),
                 need(row, "domain1", str), criteria, {"checklist": "v2", "criteria": "v1"}[key])
@@ -152,10 +154,10 @@ CHECKS = {"writingbench": writingbench_item, "longbench_write": longbench_item,
 
 
 def load_items(bench, path, columns, limit):
-    """The Items of a file, each id once; health without a file: the toy's prompts."""
+    """The Items of a file, each id once."""
     if bench == "health":
         items = [Item(row["id"], row["prompt"], row["length"])
-                 for row in load_prompts(path or TOY / "held_out.jsonl", columns)]
+                 for row in load_prompts(path, columns)]
     elif path:
         items = load_rows(path, CHECKS[bench])
     else:
@@ -167,12 +169,24 @@ def load_items(bench, path, columns, limit):
     return items[:limit or None]
 
 
+def named(given, what):
+    """{name: file, folder or URL} from one of them or a dict."""
+    parts = given.values() if isinstance(given, dict) else [given]
+    if not all(isinstance(part, str) for part in parts):
+        raise InputError(f"{what}: expected one, or a JSON dict of names, found {given!r}")
+    if isinstance(given, str) and is_url(given):
+        raise InputError(f'{what}={given}: expected {{"NAME": "{given}"}}, with the name that the '
+                         "server knows")
+    return given if isinstance(given, dict) else {Path(given).name.split(".json")[0]: given}
+
+
 def load_subsets(data, subsets):
     """{"R3": {id: names of criteria that count, all: None}, "R3_C": ...}. A data file that is
     itself a subset, by its name and a file X_C beside it, counts as one."""
-    beside = lambda path: Path(re.sub(r"(\.jsonl?)", r"_C\1", str(path), count=1))
+    beside = lambda path: Path(path).with_name(
+        re.sub(r"(\.jsonl?)", r"_C\1", Path(path).name, count=1))
     own = next((name for word, name in REQUIREMENTS.items() if word in Path(data).name), None)
-    files = ({own: data} if own and beside(data).exists() else {}) | subsets
+    files = ({own: data} if own and beside(data).exists() else {}) | named(subsets, "subsets")
     found = {}
     for name, path in files.items():
         found[name] = {str(item.id): None for item in load_rows(path, writingbench_item)}
@@ -250,17 +264,6 @@ class Folder:
             on_reply(c.prompt, {"reply": text, "thinking": "", "model": self.name,
                                 "finish": c.finish,
                                 "tokens": [len(prompts[c.prompt]), len(c.tokens)]})
-
-
-def named(given, what):
-    """{name: file, folder or URL} from one of them or a dict."""
-    parts = given.values() if isinstance(given, dict) else [given]
-    if not all(isinstance(part, str) for part in parts):
-        raise InputError(f"{what}: expected one, or a JSON dict of names, found {given!r}")
-    if isinstance(given, str) and is_url(given):
-        raise InputError(f'{what}={given}: expected {{"NAME": "{given}"}}, with the name that the '
-                         "server knows")
-    return given if isinstance(given, dict) else {Path(given).name.split(".json")[0]: given}
 
 
 def open_writer(name, place, config, ranks):
@@ -591,10 +594,10 @@ def arena_scores(names, wins, anchor):
     fitted, drawn = (1000 + scale * (s - s[..., base:base + 1]) for s in map(fit_bradley_terry, (
         wins.sum(0), wins[draw_places(len(wins))].sum(1))))
     for n, name in enumerate(names):
-        won, lost = wins[:, n].sum(-1), wins[:, :, n].sum(-1)
-        rate = lambda at: won[at].sum(-1) / (won[at].sum(-1) + lost[at].sum(-1))
-        found[name] = {"overall": summarise(fitted[n], drawn[:, n]),
-                       "win_rate": estimate(rate, len(wins))}
+        won, played = wins[:, n].sum(-1), (wins[:, n] + wins[:, :, n]).sum(-1)
+        rate = lambda at: won[at].sum(-1) / played[at].sum(-1)
+        rated = (fitted[n], drawn[:, n]) if played.any() else (math.nan, np.array([]))
+        found[name] = {"overall": summarise(*rated), "win_rate": estimate(rate, len(wins))}
     return found
 
 
@@ -761,8 +764,8 @@ def score_table(models, key, scale=None):
 def elo_ladder(models):
     """The models from the strongest on, with their intervals on one scale."""
     elo = {name: found["scores"]["overall"] for name, found in models.items()}
-    ends = [x for found in elo.values() for x in (found["low"], found["high"]) if x is not None]
-    order = sorted(models, key=lambda name: -elo[name]["mean"])
+    ends = [x for found in elo.values() for x in found.values() if x is not None] or [1000]
+    order = sorted(models, key=lambda name: -(elo[name]["mean"] or -math.inf))
     scale = {"overall": (min(ends) - 20, max(ends) + 20), "win_rate": (0, 1)}
     return score_table({name: models[name] for name in order}, "scores", scale.get)
 
@@ -866,25 +869,41 @@ def make_notes(config, items, judges, reasons, total, checks):
     return notes
 
 
-def print_dry_run(config, names, questions):
+def print_dry_run(items, writers, questions):
     """Calls, tokens, and one prompt, before anything is asked or written."""
     size = lambda text: sum(1 if ord(c) > 0x2e7f else 0.25 for c in text)  # tokens, roughly
-    if not config["responses"]:
-        places = len({q.place for q in questions}) or config["limit"]
-        print(f"generate: {places} texts by each of {', '.join(names)}")
+    for name in writers:
+        print(f"generate: {len(items)} texts by {name}")
     print(f"judge: {len(questions)} calls, about {sum(size(q.text) for q in questions):,.0f} tokens"
-          " to read" + " and the texts that are to come" * (not config["responses"]))
+          " to read" + " besides the texts that are to come" * bool(writers))
     if questions:
         print(f"\n{questions[0].text}")
 
 
-def summarise_run(config, items, texts, models, healths, questions, verdicts, subsets):
+def describe_sources(config):
+    """Who wrote and who judged, and how they were sampled; of what was read, its hash."""
+    judge_sampling = config["judge_sampling"]
+    if config["judge"] and not is_url(config["judge"]):
+        judge_sampling = FOLDER_JUDGE | judge_sampling
+    if config["responses"]:
+        files = named(config["responses"], "responses")
+        writers, sampling = {name: hash_file(path) for name, path in files.items()}, {}
+    else:
+        writers = named(config["model"], "model")
+        sampling = {key: config[key] for key in (
+            "template", "max_tokens", "temperature", "top_p", "top_k", "seed", "sampling")}
+    return {"writers": writers, "sampling": {"texts": sampling, "judge": judge_sampling}}
+
+
+def find_data(config):
+    """The file of rows: health has the toy's prompts unless there are responses."""
+    is_toy = config["bench"] == "health" and not config["responses"]
+    return config["data"] or (str(TOY / "held_out.jsonl") if is_toy else "")
+
+
+def summarise_run(config, items, texts, models, healths, found, questions, verdicts):
     """(results.json's content, share of what is unscored)"""
     bench, checks = config["bench"], {}
-    anchor = config["anchor"] or next(iter([*texts][len(models):] or texts))
-    if anchor not in texts:
-        raise InputError(f"anchor={anchor}: expected one of {', '.join(texts)}")
-    found = score_models(bench, items, texts, models, questions, verdicts, subsets, anchor)
     for name in found:
         found[name]["health"] = health_scores(healths[name])
     if bench == "health":
@@ -901,12 +920,10 @@ def summarise_run(config, items, texts, models, healths, questions, verdicts, su
         "bench": bench, "models": found, "judge": ", ".join(judges),
         "judge_prompt_sha256": hashlib.sha256(load_prompt(bench, config["judge_prompt"]).encode())
         .hexdigest() if questions else "",
-        "is_official_prompt": bool(config["judge_prompt"]), "data": config["data"],
-        "data_sha256": hash_file(config["data"]),
+        "is_official_prompt": bool(config["judge_prompt"]), "data": find_data(config),
+        "data_sha256": hash_file(find_data(config)),
         "subsets_sha256": {name: hash_file(path) for name, path in config["subsets"].items()},
-        "sampling": {"texts": {key: config[key] for key in (
-            "template", "max_tokens", "temperature", "top_p", "top_k", "seed", "sampling")},
-            "judge": config["judge_sampling"]},
+        **describe_sources(config),
         "tokens": {"texts": sum_tokens([text.tokens for name in models for text in texts[name]]),
                    "judge": sum_tokens([v.tokens for v in verdicts])},
         "unscored": dict(reasons), **checks, "commit": find_commit(), "command": sys.argv,
@@ -921,24 +938,29 @@ def baselines_of(items):
                    Text("", error="no baseline") for item in items] for name in names}
 
 
-def prepare(config, ranks):
-    """(items, {name: texts, where they are known}, {name: source of the others}, judge)"""
-    bench = config["bench"]
-    if bench == "health" and config["judge"]:
-        raise InputError("judge: bench=health asks none")
+def load_known(config):
+    """(items, {name: texts}) of what is there before anything is asked; {} to be generated."""
     files = named(config["responses"], "responses") if config["responses"] else {}
-    if bench == "health" and files and not config["data"]:
+    if config["bench"] == "health" and files and not config["data"]:
         items = items_of(files.values())[:config["limit"] or None]
     else:
-        items = load_items(bench, config["data"], config["columns"], config["limit"])
-    texts, sources = {name: load_texts(path, items) for name, path in files.items()}, {}
-    if not files:
-        sources = {name: open_writer(name, place, config, ranks)
-                   for name, place in named(config["model"], "model").items()}
-    clash = (texts.keys() | sources.keys()) & baselines_of(items).keys()
+        items = load_items(config["bench"], find_data(config), config["columns"], config["limit"])
+    return items, {name: load_texts(path, items) for name, path in files.items()}
+
+
+def check_names(config, models, baselines):
+    """The anchor; errors before anything is asked."""
+    if config["bench"] == "health" and config["judge"]:
+        raise InputError("judge: bench=health asks none")
+    clash = set(models) & baselines.keys()
     if clash:
         raise InputError(f"model: expected names that no baseline has, found {min(clash)!r}")
-    return items, texts, sources, open_judge(config, ranks) if config["judge"] else None
+    known = [*baselines, *models]
+    if config["anchor"] not in ["", *known]:
+        raise InputError(f"anchor={config['anchor']}: expected one of {', '.join(known)}")
+    if config["bench"] == "arena_write" and len(known) < 2:
+        raise InputError(f"{config['data']}: expected baselines, or two models, found neither")
+    return config["anchor"] or known[0]
 
 
 @script
@@ -946,32 +968,34 @@ def main(argv):
     config = parse_config(CONFIG, argv, LIMITS | dict(
         bench=list(TITLES), concurrency=1, timeout=1, limit=0), json_keys=("model", "responses"))
     ranks, bench, out = setup(), config["bench"], Path(config["out"])
-    items, texts, sources, judge = prepare(config, ranks)
+    items, texts = load_known(config)
+    writers = {} if texts else named(config["model"], "model")
+    models, baselines = [*texts, *writers], baselines_of(items)
+    anchor = check_names(config, models, baselines)
     template = load_prompt(bench, config["judge_prompt"])
     subsets = load_subsets(config["data"], config["subsets"]) if bench == "writingbench" else {}
-    models = [*texts, *sources]
     if config["dry_run"]:
-        texts |= {name: [Text("(the text)")] * len(items) for name in sources}
-        return print_dry_run(config, models, ask_about(
-            bench, template, items, texts | baselines_of(items), models) if judge else [])
+        texts |= {name: [Text("(the text)")] * len(items) for name in writers} | baselines
+        return print_dry_run(items, writers, ask_about(bench, template, items, texts, models)
+                             if config["judge"] else [])
+    sources = {name: open_writer(name, place, config, ranks) for name, place in writers.items()}
+    judge = open_judge(config, ranks) if config["judge"] else None
     open_folder(config, ranks, {"limit", "slots", "sample_tp", "concurrency", "timeout"})
-    for name in [*sources]:  # popped, so that no two models are in memory
+    for name in writers:  # popped, so that no two models are in memory
         texts[name] = generate_texts(name, sources.pop(name), items, config["template"], out, ranks)
-    texts |= baselines_of(items)
+    texts |= baselines
     questions = ask_about(bench, template, items, texts, models) if judge else []
-    if judge and not questions:
-        raise InputError(f"{config['data']}: expected baselines, or two models, found neither")
     verdicts = judge_all(questions, judge, ranks.rank == 0) if judge else []
     healths = {name: [examine(item, text, config["template"]) for item, text in zip(items, some)]
                for name, some in texts.items()}
-    results, unscored = summarise_run(config, items, texts, models, healths, questions, verdicts,
-                                      subsets)
+    found = score_models(bench, items, texts, models, questions, verdicts, subsets, anchor)
+    results, unscored = summarise_run(config, items, texts, models, healths, found, questions,
+                                      verdicts)
     if ranks.rank == 0:
         (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_report(out / "report.html", results, items, texts, healths, questions, verdicts)
-        print_scores(results["models"], "scores")
-        if bench != "health":
-            print_scores(results["models"], "health")
+        for key in ["health"] if bench == "health" else ["scores", "health"]:
+            print_scores(results["models"], key)
         print("\n" + "\n".join(results["notes"]) + f"\n{out}/results.json, {out}/report.html")
     if unscored > MAX_UNSCORED:
         sys.exit(f"{unscored:.1%} unscored, more than {MAX_UNSCORED:.0%}" if ranks.rank == 0 else 1)

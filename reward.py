@@ -455,6 +455,9 @@ def fill(template, **values):
 
 # ---------------------------------------------------------------- judge: the verdict
 
+MAX_REPLY = 20_000  # characters of a reply that are read, its last: time stays bounded
+
+
 def find_objects(text):
     """The JSON objects of a text, outermost ones, in order."""
     decoder, found, place = json.JSONDecoder(strict=False), [], text.find("{")
@@ -501,6 +504,7 @@ def read_verdict(reply, fields):
     fenced block, else among prose; without any, each name's last line. Judges think aloud and
     revise, so the last verdict is the one; when it is wrong, none before stands in for it."""
     reply = re.sub(r"^\s*<think>.*?(</think>|$)", "", reply, flags=re.DOTALL).strip()
+    reply = reply[-MAX_REPLY:]
     blocks = re.findall(r"```(?:json)?\s*(\{.*?\})\s*```", reply, re.DOTALL | re.IGNORECASE)
     names = {name.lower(): name for name in fields}
     for part in [reply] * reply.startswith("{") + blocks[-1:] + [reply]:
