@@ -38,7 +38,7 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
                       make_optimizer, make_packs, print_plan)
-from reward import is_url, open_writing, rule_rewards
+from reward import is_url, open_writing, page, rule_rewards, text_block
 from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
 
@@ -147,20 +147,25 @@ def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots,
 
 
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
-    """A dict per completion: length, format, writing, repetition, words, answer, completion."""
+    """A dict per completion: what rule_rewards tells, writing, the completion, and what a page
+    says of it besides."""
     mine = completions[ranks.rank::ranks.world]
     scored = []
     for c in mine:
         text = tokenizer.decode(c.tokens)
         rewards = rule_rewards(text, rows[c.prompt]["length"], template, length_max,
                                c.finish == "length")
-        scored.append(rewards | {"completion": text, "place": (c.prompt, c.sample)})
+        scored.append(rewards | {"completion": text, "place": (c.prompt, c.sample), "said": "",
+                                 "prompt": rows[c.prompt]["prompt"],
+                                 "asked": rows[c.prompt]["length"]})
     writing = [0.0] * len(mine)
     if judge:
         writing = judge.score([rows[c.prompt]["prompt"] for c in mine],
                               [rewards["answer"] for rewards in scored])
     for rewards, value in zip(scored, writing):
         rewards["writing"] = value
+    for rewards, verdict in zip(scored, getattr(judge, "verdicts", [])):
+        rewards["said"] = verdict.reason
     return sorted(ranks.gather(scored), key=lambda rewards: rewards["place"])
 
 
@@ -373,6 +378,17 @@ def save_samples(folder, step, completions, scored, rows):
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def write_rollouts(path, step, scored):
+    """A page of a batch: the best and the worst text by each reward."""
+    blocks = []
+    for name in COMPONENTS:
+        known = sorted((rewards for rewards in scored if not math.isnan(rewards[name])),
+                       key=lambda rewards: rewards[name])
+        for place, kind in ((-1, "best"), (0, "worst")):
+            blocks += [text_block(f"{name}, {kind}:", known[place])] if known else []
+    path.write_text(page(f"Rollouts of step {step}", *blocks), encoding="utf-8")
+
+
 def show_result(folder, width=100):
     """A table before and after, and three completions of held-out prompts side by side."""
     logged = [row for row in read_done(folder / "log.jsonl") if "eval/length" in row]
@@ -583,6 +599,8 @@ class Trainer:
         *told, divergences = (np.concatenate(self.ranks.gather(list(values)))
                               for values in zip(*told))
         row = step_row(step, completions, scored, rewards, *told)
+        if self.run.is_main:
+            write_rollouts(self.run.folder / "rollouts.html", step, scored)
         if self.reference is not None:
             row["kl"] = float(divergences.mean())
         row |= self.sync | {"grad_norm": sum(norms) / len(norms), "lr": lr,

@@ -983,6 +983,9 @@ def train_reward_model(config):
 
 # ---------------------------------------------------------------- a table of responses
 
+COLUMNS = ("words", "length", "format", "repetition", "writing")
+
+
 def response_row(row, number):
     if "index" not in row or not isinstance(row.get("response"), str):
         raise ValueError(f"expected index and a text under response, found {sorted(row)}")
@@ -990,27 +993,21 @@ def response_row(row, number):
 
 
 def score_responses(rows, prompts, known, writing, config):
-    """For each response {reward: (value, reason)}, NaN where nobody can tell."""
+    """What rule_rewards tells of each response, with "writing", the judge's reason under "said",
+    and its "prompt" and "asked" length; NaN where nobody can tell."""
     scores = writing.score(prompts, [row["response"] for row in rows]) if writing else []
     reasons = [v.reason for v in getattr(writing, "verdicts", [])]  # a judge gives some
     scored = []
     for number, row in enumerate(rows):
         length = known.get(row["index"], row).get("length")
-        completion = row.get("completion") or row["response"]
-        template = config["template"] if row.get("completion") else "chat"
-        is_cut = row.get("finish") == "length"
-        rewards = rule_rewards(completion, length or [0, math.inf], template,
-                               config["length_max"], is_cut)
-        faults = [format_fault(completion, template), "cut at its token limit" * is_cut,
-                  "repeats itself" * (rewards["repetition"] > 0)]
-        scored.append({
-            "words": (rewards["words"], ""),
-            "length": (rewards["length"] if length else math.nan,
-                       "asked {:,} to {:,} words".format(*length) if length else ""),
-            "format": (rewards["format"], ", ".join(filter(None, faults))),
-            "repeated": (rewards["repetition"], f"{copied_share(row['response']):.1%} copied"),
-            "writing": (scores[number] if scores else math.nan,
-                        reasons[number] if reasons else "")})
+        rewards = rule_rewards(row.get("completion") or row["response"], length or [0, math.inf],
+                               config["template"] if row.get("completion") else "chat",
+                               config["length_max"], row.get("finish") == "length")
+        scored.append(rewards | {
+            "prompt": prompts[number], "asked": length,
+            "length": rewards["length"] if length else math.nan,
+            "writing": scores[number] if scores else math.nan,
+            "said": reasons[number] if reasons else ""})
     return scored
 
 
@@ -1018,13 +1015,17 @@ def shown(value):
     return "-" if math.isnan(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
 
 
-def text_block(name, prompt, rewards, answer):
-    """A text to unfold: its rewards {name: (value, reason)}, and what it copies highlighted."""
-    values = ", ".join(f"{key} {shown(value)}" for key, (value, _) in rewards.items())
-    reasons = [tag("p", tag("b", f"{key} {shown(value)}"), " ", reason)
-               for key, (value, reason) in rewards.items() if reason]
+def text_block(name, rewards):
+    """A text to unfold, of rewards as score_responses gives them: its values and their reasons,
+    and what it copies highlighted."""
+    reasons = {"length": "asked {:,} to {:,} words".format(*rewards["asked"])
+               if rewards["asked"] else "", "format": rewards["reason"], "writing": rewards["said"]}
+    values = ", ".join(f"{key} {shown(rewards[key])}" for key in COLUMNS)
+    told = [tag("p", tag("b", f"{key} {shown(rewards[key])}"), " ", reason)
+            for key, reason in reasons.items() if reason]
     return tag("details", tag("summary", tag("b", name), " ", tag("small", values)),
-               tag("p", prompt, class_="soft"), *reasons, marked(answer, copied_spans(answer)))
+               tag("p", rewards["prompt"], class_="soft"), *told,
+               marked(rewards["answer"], rewards["copied"]))
 
 
 def print_components(config):
@@ -1037,17 +1038,16 @@ def print_components(config):
         writing = open_writing(config["model"], setup(), config["judge_model"],
                                path.with_name("judge.jsonl"), config["concurrency"])
     scored = score_responses(rows, prompts, known, writing, config)
-    names, values = list(scored[0]), [[v for v, _ in rewards.values()] for rewards in scored]
+    values = [[float(rewards[key]) for key in COLUMNS] for rewards in scored]
     means = torch.tensor(values).nanmean(0).tolist()
-    print(f"{'index':<12}{names[0]:>8}" + "".join(f"{name:>9}" for name in names[1:]))
+    print(f"{'index':<12}" + "".join(f"{key:>12}" for key in COLUMNS))
     for name, part in zip([row["index"] for row in rows] + ["mean"], values + [means]):
-        print(f"{name!s:<12}{part[0]:>8.0f}" + "".join(f"{value:>9.3f}" for value in part[1:]))
-    blocks = [text_block(row["index"], prompt, rewards, row["response"])
-              for row, prompt, rewards in zip(rows, prompts, scored)]
+        print(f"{name!s:<12}{part[0]:>12.0f}" + "".join(f"{value:>12.3f}" for value in part[1:]))
+    blocks = [text_block(row["index"], rewards) for row, rewards in zip(rows, scored)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page("Texts and their rewards", tag(
         "p", f"{len(rows)} texts, what they copy from themselves highlighted.", class_="soft"),
-        table(["", *names], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks),
+        table(["", *COLUMNS], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks),
         encoding="utf-8")
     print(f"texts and reasons: {path}")
 

@@ -2227,6 +2227,7 @@ def test_a_run_leaves_its_log_checkpoints_and_samples(whole_run, policy):
     assert (whole_run / "best").exists() and (whole_run / "curves.png").exists()
     assert len(list(whole_run.glob("checkpoint-*"))) <= 2
     assert len((whole_run / "samples" / "step-000004.jsonl").read_text().splitlines()) == 20
+    assert (whole_run / "rollouts.html").read_text().count("<details>") == 6
     config = json.loads((whole_run / "config.json").read_text())
     assert config["num_samples"] == 2 and "command" in config and "commit" in config
     theirs = transformers.AutoModelForCausalLM.from_pretrained(whole_run / "latest")
@@ -2330,6 +2331,7 @@ def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "score", equal_at_first)
     monkeypatch.setattr(grpo.Trainer, "evaluate", lambda trainer, step: dict.fromkeys(EVAL_KEYS, 0))
     monkeypatch.setattr(grpo, "show_result", lambda folder: None)
+    monkeypatch.setattr(grpo, "write_rollouts", lambda path, step, scored: None)
     grpo.main(training + [f"out={tmp_path / 'run'}", "steps=1", "resample=1", "updates=2",
                           "ratio=sequence", "kl=0.1", "divide_by_std=false"])
     (first, second), (again,) = tried
@@ -2573,7 +2575,7 @@ def test_a_page_shows_texts_with_their_reasons_and_runs_none(judge_url, tmp_path
     assert said[2].split()[3:] == ["0.000", "0.000", "6.000"] and said[3].startswith("mean")
     shown = Tags(tmp_path / "out" / "page.html")
     assert shown.text.count(EVIL) == 4 and "asked 9 to 99 words" in shown.text
-    assert "cut at its token limit" in shown.text and "src" not in shown.attributes
+    assert "no </think>" in shown.text and "src" not in shown.attributes
     assert not {"script", "img", "link"} & shown.tags and "mark" in shown.tags
     assert reward.marked("a<b>c", [(1, 4)]) == '<div class="text">a<mark>&lt;b&gt;</mark>c</div>'
 
