@@ -45,7 +45,7 @@ from model import (InputError, is_scorer, load_config, load_for_sampling, load_f
                    load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
                       train)
-from sample import (LIMITS, WORD, append_rows, count_words, find_answer, find_words, load_prompts,
+from sample import (LIMITS, append_rows, count_words, find_answer, find_words, load_prompts,
                     load_rows, read_done, render_chat)
 
 CONFIG = dict(
@@ -104,9 +104,9 @@ def format_fault(completion, template="think"):
 
 def copied_spans(answer, n=NGRAM):
     """[(start, end)] in characters of what occurs earlier in the answer, n words or more."""
-    words, seen, spans = list(WORD.finditer(answer)), set(), []
+    words, seen, spans = list(re.finditer(r"\w+", answer)), set(), []
     for first, last in zip(words, words[n - 1:]):
-        span = tuple(WORD.findall(answer[first.start():last.end()].lower()))
+        span = tuple(re.findall(r"\w+", answer[first.start():last.end()].lower()))
         if span in seen and spans and first.start() <= spans[-1][1]:
             spans[-1] = (spans[-1][0], last.end())
         elif span in seen:
@@ -133,13 +133,16 @@ def repetition_penalty(text):
 
 
 def rule_rewards(completion, length, template="think", length_max=2.0, is_truncated=False):
-    """{"length", "format", "repetition", "words", "answer"} of one completion; length [lo, hi]."""
+    """{"length", "format", "repetition", "words", "answer", "copied", "reason"} of one
+    completion; length [lo, hi]; copied: spans of the answer; reason: why format is under 1."""
     answer = find_answer(completion, template)
     words, penalty = count_words(answer), repetition_penalty(answer)
-    is_whole = bool(answer) and not is_truncated and has_format(completion, template)
+    fault = format_fault(completion, template) or "no words" * (not answer) \
+        or "cut at the token limit" * is_truncated
     return {"length": length_reward(words, *length, length_max) if answer else 0.0,
-            "format": (1 - penalty) * is_whole, "repetition": penalty, "words": words,
-            "answer": answer}
+            "format": 0.0 if fault else 1 - penalty, "repetition": penalty, "words": words,
+            "answer": answer, "copied": copied_spans(answer),
+            "reason": fault or "copies itself" * (penalty > 0)}
 
 
 # ---------------------------------------------------------------- writing
@@ -694,41 +697,40 @@ def response_row(row, number):
 
 
 def score_responses(rows, prompts, known, writing, config):
-    """For each response {reward: (value, reason)}, NaN where nobody can tell."""
+    """For each response {reward: (value, reason)}, NaN where nobody can tell; and what of it is
+    copied, as spans."""
     scores = writing.score(prompts, [row["response"] for row in rows]) if writing else []
     reasons = [v.reason for v in getattr(writing, "verdicts", [])]  # a judge gives some
-    scored = []
+    scored, copied = [], []
     for number, row in enumerate(rows):
         length = known.get(row["index"], row).get("length")
-        completion = row.get("completion") or row["response"]
-        template = config["template"] if row.get("completion") else "chat"
-        is_cut = row.get("finish") == "length"
-        rewards = rule_rewards(completion, length or [0, math.inf], template,
-                               config["length_max"], is_cut)
-        faults = [format_fault(completion, template), "cut at its token limit" * is_cut,
-                  "repeats itself" * (rewards["repetition"] > 0)]
+        told = rule_rewards(row.get("completion") or row["response"], length or [0, math.inf],
+                            config["template"] if row.get("completion") else "chat",
+                            config["length_max"], row.get("finish") == "length")
         scored.append({
-            "words": (rewards["words"], ""),
-            "length": (rewards["length"] if length else math.nan,
+            "words": (told["words"], ""),
+            "length": (told["length"] if length else math.nan,
                        "asked {:,} to {:,} words".format(*length) if length else ""),
-            "format": (rewards["format"], ", ".join(filter(None, faults))),
-            "repeated": (rewards["repetition"], f"{copied_share(row['response']):.1%} copied"),
+            "format": (told["format"], told["reason"]),
+            "repeated": (told["repetition"], f"{copied_share(told['answer']):.1%} copied"),
             "writing": (scores[number] if scores else math.nan,
                         reasons[number] if reasons else "")})
-    return scored
+        copied.append(told["copied"] if told["answer"] == row["response"] else
+                      copied_spans(row["response"]))
+    return scored, copied
 
 
 def shown(value):
     return "-" if math.isnan(value) else f"{value:,.3f}".rstrip("0").rstrip(".")
 
 
-def text_block(name, prompt, rewards, answer):
-    """A text to unfold: its rewards {name: (value, reason)}, and what it copies highlighted."""
+def text_block(name, prompt, rewards, answer, copied):
+    """A text to unfold: its rewards {name: (value, reason)}, the copied spans highlighted."""
     values = ", ".join(f"{key} {shown(value)}" for key, (value, _) in rewards.items())
     reasons = [tag("p", tag("b", f"{key} {shown(value)}"), " ", reason)
                for key, (value, reason) in rewards.items() if reason]
     return tag("details", tag("summary", tag("b", name), " ", tag("small", values)),
-               tag("p", prompt, class_="soft"), *reasons, marked(answer, copied_spans(answer)))
+               tag("p", prompt, class_="soft"), *reasons, marked(answer, copied))
 
 
 def print_components(config):
@@ -740,14 +742,14 @@ def print_components(config):
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
         writing = open_writing(config["model"], setup(), config["judge_model"],
                                path.with_name("judge.jsonl"), config["concurrency"])
-    scored = score_responses(rows, prompts, known, writing, config)
+    scored, copied = score_responses(rows, prompts, known, writing, config)
     names, values = list(scored[0]), [[v for v, _ in rewards.values()] for rewards in scored]
     means = torch.tensor(values).nanmean(0).tolist()
     print(f"{'index':<12}{names[0]:>8}" + "".join(f"{name:>9}" for name in names[1:]))
     for name, part in zip([row["index"] for row in rows] + ["mean"], values + [means]):
         print(f"{name!s:<12}{part[0]:>8.0f}" + "".join(f"{value:>9.3f}" for value in part[1:]))
-    blocks = [text_block(row["index"], prompt, rewards, row["response"])
-              for row, prompt, rewards in zip(rows, prompts, scored)]
+    blocks = [text_block(row["index"], prompt, rewards, row["response"], spans)
+              for row, prompt, rewards, spans in zip(rows, prompts, scored, copied)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page("Texts and their rewards", tag(
         "p", f"{len(rows)} texts, what they copy from themselves highlighted.", class_="soft"),

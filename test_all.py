@@ -1918,7 +1918,7 @@ def test_a_page_shows_texts_with_their_reasons_and_runs_none(judge_url, tmp_path
     twice = " ".join(f"w{n}" for n in range(20))
     rows = write_lines(tmp_path / "rows.jsonl", [
         {"index": "a", "response": f"{EVIL} {twice}. {twice}", "prompt": EVIL, "length": [9, 99]},
-        {"index": 2, "response": "\ud800", "completion": "<think>x", "finish": "length"}])
+        {"index": 2, "response": "word \ud800", "finish": "length"}])
     reward.main([f"responses={rows}", f"out={tmp_path / 'out'}", f"model={judge_url}",
                  "judge_model=judge"])
     said = capsys.readouterr().out.splitlines()
@@ -1927,7 +1927,7 @@ def test_a_page_shows_texts_with_their_reasons_and_runs_none(judge_url, tmp_path
     assert said[2].split()[3:] == ["0.000", "0.000", "6.000"] and said[3].startswith("mean")
     shown = Tags(tmp_path / "out" / "page.html")
     assert shown.text.count(EVIL) == 4 and "asked 9 to 99 words" in shown.text
-    assert "cut at its token limit" in shown.text and "src" not in shown.attributes
+    assert "cut at the token limit" in shown.text and "src" not in shown.attributes
     assert not {"script", "img", "link"} & shown.tags and "mark" in shown.tags
     assert reward.marked("a<b>c", [(1, 4)]) == '<div class="text">a<mark>&lt;b&gt;</mark>c</div>'
 
