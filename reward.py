@@ -813,7 +813,7 @@ def scatter(points, x_name, y_name, size=(440, 300)):
     low, high = (math.log10(every[0]) for every in ([min(every)], [max(every) * 1.1 + 1]))
     place = lambda x: (math.log10(max(1, x, 10 ** low)) - low) / (high - low)
     left, bottom = 48, size[1] - 36
-    at = lambda x, y: (left + place(x) * (size[0] - left - 8), bottom - place(y) * (bottom - 8))
+    at = lambda x, y: (left + place(x) * (size[0] - left - 28), bottom - place(y) * (bottom - 8))
     parts = []
     for tick in [d * 10 ** e for e in range(8) for d in ((1, 2, 5) if high - low < 2 else (1,))]:
         if low <= math.log10(tick) <= high:
