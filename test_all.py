@@ -1759,6 +1759,7 @@ def judge_url(monkeypatch):
     """The address of a JudgeServer; pauses between tries are short."""
     monkeypatch.setattr(reward.random, "uniform", lambda low, high: 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # or some wait a second
     server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
     server.daemon_threads = True
     monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a call that was given up
