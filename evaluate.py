@@ -13,7 +13,7 @@ responses= takes the place of the first stage; without judge= there is only what
 1. A model is a Qwen2 folder, run here by sample.py, or an OpenAI-compatible endpoint, as
    model='{"NAME": "http://host/v1"}' with the name that the server knows.
 2. A judge that fails leaves a judgement unscored: it is left out of means, counted with its
-   reason, and from 2% on the exit status is 1. So are texts that are missing. Never a 0.
+   reason, and above 2% the exit status is 1. So are texts that are missing. Never a 0.
 3. Intervals are the middle 95% over prompts drawn with replacement, 1,000 times, so that what is
    judged of one prompt stays together.
 4. The judge prompts are our own unless judge_prompt=FILE has the benchmark's ({query}, {response},

@@ -653,8 +653,8 @@ class Cache:
 
     def answer(self, texts, places, attempt=0, on_row=lambda row: None, labels=None):
         """A row {"reply", "model", "finish", "tokens"} or {"error"} for each of places in texts;
-        equal texts are asked once. on_row is called for each row that is new; labels are what the
-        file says beside each text's answer."""
+        equal texts are asked once. on_row is called for each row of the first attempt; labels are
+        what the file says beside each text's answer."""
         self.known = self.read() if self.known is None else self.known
         keys = {place: self.key(texts[place], attempt) for place in places}
         jobs = {key: (place, attempt) for place, key in keys.items() if key not in self.known}
@@ -664,8 +664,12 @@ class Cache:
             label = labels[place] if labels else {}
             new.append({"key": keys[place], "attempt": attempt, **label, **row})
             append_rows(self.path, new[-1:])
-            on_row(row)
+            show(row)
 
+        show = on_row if attempt == 0 else lambda row: None
+        for key in keys.values():
+            if key in self.known:
+                show(self.known[key])
         self.source.complete(texts, list(jobs.values()), keep)
         found = {row["key"]: row for row in (self.ranks.gather(new) if self.ranks else new)}
         self.known |= {key: row for key, row in found.items() if "error" not in row}

@@ -2407,11 +2407,12 @@ def judge_url(monkeypatch):
     """The address of a JudgeServer; pauses between tries are short."""
     monkeypatch.setattr(reward.random, "uniform", lambda low, high: 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # or some wait a second
     server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
     server.daemon_threads = True
     monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a call that was given up
     JudgeServer.say, JudgeServer.asked, JudgeServer.sent = None, [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
@@ -2493,7 +2494,7 @@ def test_the_judge_scores_through_faults_and_is_asked_once(judge_url, tmp_path, 
               "hang": [2.0] * 9}
     JudgeServer.say = lambda prompt, number: next(
         replies for name, replies in faults.items() if f"\nanswer {name}\n" in prompt)[number]
-    ask = lambda: make_judge(judge_url, tmp_path, seconds=0.9)
+    ask = lambda: make_judge(judge_url, tmp_path, seconds=0.6)
     judge, start = ask(), time.monotonic()
     scores = judge.score(["Do"] * len(faults), [f"answer {name}" for name in faults])
     assert scores[:6] == [4, 5, 6, 7, 8, 1] and all(map(math.isnan, scores[6:]))
@@ -2600,7 +2601,7 @@ def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_pat
 CRITERIA = ["Plot", "Style", "Length", "Depth", "Tone"]
 BENCHES = {
     "writingbench": [
-        {"index": 3 + 2 * n, "query": ("写一个故事" if n % 3 == 0 else "Write a story") + f" {n}",
+        {"index": 3 + 2 * n, "query": f"{'Write a story' if n % 3 else '写一个故事'} {n}",
          "domain1": evaluate.DOMAINS[n % 4], "domain2": "x", "checklist": [
              {"name": name, "criteria_description": f"about {name}", "1-2": "bad", "9-10": "good"}
              for name in CRITERIA]} for n in range(12)],
@@ -2609,6 +2610,30 @@ BENCHES = {
     "arena_write": [{"idx": n, "question": f"Write on {n}", "type": "x", "length": 9,
                      "baseline_response": {"old": f"an old text {n}", "new": f"a new one {n}"}}
                     for n in range(6)]}
+
+
+def test_rows_of_every_form_are_read(tmp_path):
+    """Older rows read as empty, a baseline under another's name, a length from the wrong number."""
+    row = BENCHES["writingbench"][0]
+    old = {("criteria" if key == "checklist" else key): value for key, value in row.items()}
+    items = [evaluate.writingbench_item(some, 0) for some in (row, old)]
+    assert [item.version for item in items] == ["v2", "v1"]
+    assert items[0].criteria == items[1].criteria
+    with pytest.raises(ValueError, match="each criterion once"):
+        evaluate.writingbench_item(row | {"checklist": row["checklist"] * 2}, 0)
+    arena = lambda given: evaluate.arena_item({"question": "q", "baseline_response": given}, 7)
+    assert arena("t").baselines == {"baseline": "t"} and arena("t").id == 7
+    assert arena(["s", "t"]).baselines == {"baseline 1": "s", "baseline 2": "t"}
+    assert arena({"a": "s"}).baselines == {"a": "s"} and arena(None).baselines == {}
+    with pytest.raises(ValueError, match="expected texts under 'baseline_response'"):
+        arena({"a": 3})
+    for prompt, asked in (("a 2,000-word story", [2000, 2000]), ("2000-2500 words", [2000, 2500]),
+                          ("写200-300字左右", [200, 300]), ("in 2 words, not 3 words", None),
+                          ("5 wordsmiths", None), ("a story", None)):
+        assert evaluate.asked_words(prompt) == asked
+    twice = write_lines(tmp_path / "rows.jsonl", [row, row])
+    with pytest.raises(InputError, match="expected each row once, found '3' again"):
+        evaluate.load_items("writingbench", twice, {}, 0)
 
 
 def judge_by_hash(prompt, number=0):
