@@ -46,7 +46,7 @@ from model import (InputError, is_scorer, load_config, load_for_sampling, load_f
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, deal_evenly, make_optimizer, print_plan,
                       train)
 from sample import (LIMITS, append_rows, count_words, find_answer, find_words, load_prompts,
-                    load_rows, read_done, render_chat)
+                    load_rows, prompt_row, read_done, render_chat)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a folder
@@ -695,8 +695,10 @@ def train_reward_model(config):
 # ---------------------------------------------------------------- a table of responses
 
 def response_row(row, number):
-    if "index" not in row or not isinstance(row.get("response"), str):
+    if not isinstance(row.get("index"), (str, int)) or not isinstance(row.get("response"), str):
         raise ValueError(f"expected index and a text under response, found {sorted(row)}")
+    if row.get("length"):
+        prompt_row({"prompt": "any", "length": row["length"]}, number, {})  # raises ValueError
     return row
 
 
