@@ -133,6 +133,8 @@ def writingbench_item(row, number):
 
 def longbench_item(row, number):
     asked = need(row, "length", int)
+    if asked < 1:
+        raise ValueError(f"expected a length of at least 1 word, found {asked}")
     return Item(row.get("index", number), need(row, "prompt", str), [asked, asked])
 
 

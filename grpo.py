@@ -359,9 +359,12 @@ def eval_row(scored, rows):
             | {"eval/spearman": spearman(asked, [rewards["words"] for rewards in scored])})
 
 
-def quality(row):
-    """What `best` goes by: eval length, format, and the odds to beat a text of score 0."""
-    return row["eval/length"] + row["eval/format"] + 1 / (1 + math.exp(-row["eval/writing"]))
+def quality(row, is_judged):
+    """What `best` goes by: eval length, format, and writing brought to 0..1: a judge's grade of 1
+    to 10, or a reward model's odds to beat a text of score 0."""
+    score = row["eval/writing"]
+    writing = (score - 1) / 9 if is_judged else 1 / (1 + math.exp(-score))
+    return row["eval/length"] + row["eval/format"] + writing
 
 
 def save_samples(folder, step, completions, scored, rows):
@@ -625,9 +628,10 @@ class Trainer:
                         run.state["unlogged"] = row
                         break
                     row |= found
-                    is_best = step > 0 and quality(row) > run.state.get("best", -math.inf)
+                    found = quality(row, is_url(config["reward_model"]))
+                    is_best = step > 0 and found > run.state.get("best", -math.inf)
                     if is_best:
-                        run.state["best"] = quality(row)
+                        run.state["best"] = found
                 run.log(row)
                 if step and (is_best or is_last or step % config["save_every"] == 0):
                     run.save(step, self.model, self.optimizer, is_best)

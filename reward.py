@@ -53,7 +53,8 @@ from model import (InputError, flops_per_token, is_scorer, load_config, load_for
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, make_optimizer, make_packs,
                       print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
-                    load_rows, normalise_text, read_done, render_chat, word_pattern)
+                    load_rows, normalise_text, prompt_row, read_done, render_chat,
+                    word_pattern)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a folder
@@ -991,8 +992,10 @@ COLUMNS = ("words", "length", "format", "repetition", "writing")
 
 
 def response_row(row, number):
-    if "index" not in row or not isinstance(row.get("response"), str):
+    if not isinstance(row.get("index"), (str, int)) or not isinstance(row.get("response"), str):
         raise ValueError(f"expected index and a text under response, found {sorted(row)}")
+    if row.get("length"):
+        prompt_row({"prompt": "any", "length": row["length"]}, number, {})  # raises ValueError
     return row
 
 

@@ -2631,6 +2631,11 @@ def test_rows_of_every_form_are_read(tmp_path):
                           ("写200-300字左右", [200, 300]), ("in 2 words, not 3 words", None),
                           ("5 wordsmiths", None), ("a story", None)):
         assert evaluate.asked_words(prompt) == asked
+    with pytest.raises(ValueError, match="at least 1 word"):
+        evaluate.longbench_item({"prompt": "p", "length": 0}, 0)
+    for length in ("500", [9, 3], [1]):
+        with pytest.raises(ValueError, match="expected length"):
+            reward.response_row({"index": 0, "response": "", "length": length}, 0)
     twice = write_lines(tmp_path / "rows.jsonl", [row, row])
     with pytest.raises(InputError, match="expected each row once, found '3' again"):
         evaluate.load_items("writingbench", twice, {}, 0)
