@@ -117,6 +117,7 @@ def is_first_to_fail():
 class PeerWatch(threading.Thread):
     """Ends this process soon after another rank has failed or died: nobody is left to finish a
     step with, and nothing half done may be saved."""
+    pause, grace = 1, 3  # seconds between looks, and for ranks that end by themselves and tell why
 
     def __init__(self, store, rank, world):
         super().__init__(daemon=True)
@@ -128,9 +129,9 @@ class PeerWatch(threading.Thread):
         nearby = [int(pid) for host, pid in peers
                   if host == socket.gethostname() and is_alive(int(pid))]
         while self.is_well(nearby):
-            if self.over.wait(1):
+            if self.over.wait(self.pause):
                 return
-        if self.over.wait(3):  # for ranks that end by themselves, and tell why
+        if self.over.wait(self.grace):
             return
         if is_first_to_fail():
             tqdm.write("error: a rank died without a word (killed, or out of memory?)",

@@ -1788,6 +1788,7 @@ def crash_a_rank(rank, port, tmp_path, policy, end):
         return honest(model, data, numbers, ranks, *rest)
 
     pretrain.next_token_loss, torch.cuda.is_available = spoiled, lambda: False
+    network.PeerWatch.pause, network.PeerWatch.grace = 0.2, 1
     if end == "raises elsewhere":  # on another machine, whose processes are not seen
         socket.gethostname = lambda: f"machine{rank}"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -1822,6 +1823,7 @@ def lose_the_leader(rank, port, tmp_path, arguments):
     """The first of two ranks that share the sampler is killed within a rollout."""
     os.dup2(os.open(tmp_path / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
     honest, torch.cuda.is_available = sample.Engine.step, lambda: False
+    network.PeerWatch.pause, network.PeerWatch.grace = 0.2, 1
 
     def step(engine, R):
         honest(engine, R)
