@@ -170,22 +170,28 @@ class NearCopies:
         rng = np.random.default_rng(0)
         self.factors = rng.integers(1, 2 ** 32, BANDS * ROWS, dtype=np.uint32) | np.uint32(1)
         self.shifts = rng.integers(0, 2 ** 32, BANDS * ROWS, dtype=np.uint32)
-        self.similarity, self.tables, self.seen = similarity, [{} for _ in range(BANDS)], []
+        self.similarity, self.tables = similarity, [{} for _ in range(BANDS)]
+        self.seen, self.signatures = [], []
 
     def add(self, prompt):
         """Whether an earlier prompt is at least so similar; if none is, this one is seen now."""
         found = pieces(prompt)
         mixed = found[:, None] * self.factors + self.shifts
         mixed ^= mixed >> np.uint32(15)
-        bands = [band.tobytes() for band in mixed.min(0).reshape(BANDS, ROWS)]
+        signature = mixed.min(0)
+        bands = [band.tobytes() for band in signature.reshape(BANDS, ROWS)]
         near = {place for band, table in zip(bands, self.tables) for place in table.get(band, ())}
         for place in near:
+            agree = np.count_nonzero(self.signatures[place] == signature) / len(signature)
+            if agree < self.similarity - 0.2:  # as far as it could be by chance, 3 deviations
+                continue
             both = len(np.intersect1d(found, self.seen[place], assume_unique=True))
             if both >= self.similarity * (len(found) + len(self.seen[place]) - both):
                 return True
         for band, table in zip(bands, self.tables):
             table.setdefault(band, []).append(len(self.seen))
         self.seen.append(found)
+        self.signatures.append(signature)
         return False
 
 
