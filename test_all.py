@@ -2023,7 +2023,8 @@ def generate_on_cuda(folder, path):
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
 def test_cuda_graphs_write_what_single_steps_write(policy, tmp_path):
     """A graph that holds the address of a tensor that is gone, or a number that was Python's."""
-    code = f"import test_all; test_all.generate_on_cuda({str(policy)!r}, {str(tmp_path / 'texts')!r})"
+    arguments = str(policy), str(tmp_path / "texts")
+    code = f"import test_all; test_all.generate_on_cuda{arguments!r}"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     graphs, steps = json.loads((tmp_path / "texts").read_text())
     assert sum(a == b for a, b in zip(graphs, steps, strict=True)) > 0.9 * len(steps)
@@ -2108,6 +2109,39 @@ def test_the_gradient_equals_a_hand_written_step(num_prompts, micro_tokens, worl
             assert_close(gradient[name], parameter.grad, atol=1e-5, rtol=1e-4)
     nothing = gradient_of(ALONE, policy, (prompts, completions, advantages * 0), 40)
     assert not any(x.any() for x in nothing.values())
+
+
+def test_a_filled_pack_has_the_same_gradient(policy, monkeypatch):
+    """Tokens that only make a pack's shape, and that a sequence sees or that are trained on."""
+    rollout, honest = make_rollout(3), grpo.pack_tensors
+    plain = gradient_of(ALONE, policy, rollout, 40)
+    shapes = []
+
+    def filled(sequences, device, fill):
+        packed = honest(sequences, device, 64)
+        shapes.append(len(packed[0]))
+        return packed
+
+    monkeypatch.setattr(grpo, "pack_tensors", filled)
+    for name, gradient in gradient_of(ALONE, policy, rollout, 40).items():
+        assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+    assert set(shapes) == {64} and len(shapes) > 1
+
+
+@pytest.mark.parametrize("sample_tp, gpus", [(1, 1), (2, 8)])
+def test_slots_fill_what_the_rest_leaves(sample_tp, gpus, policy):
+    """A cache that takes the memory of weights and moments, or leaves room for more."""
+    config = grpo.CONFIG | dict(model=str(policy), reward_model="", max_tokens=100, slots=0,
+                                num_prompts=10 ** 4, num_samples=10 ** 4, sample_tp=sample_tp)
+    heads, each = 2 // sample_tp, 2 * 2 * SMALL["num_hidden_layers"] * 8  # bf16 keys and values
+    each *= heads * (100 + grpo.PROMPT_TOKENS)
+    count = sum(p.numel() for p in load_model(policy, "cpu").parameters())
+    left = 0.9 * 4e9 - 16 * count / gpus - 2 * count / sample_tp - grpo.DECODE_ROOM
+    assert grpo.count_slots(config, gpus, 4e9) == left // each
+    assert grpo.count_slots(config | dict(num_prompts=3, num_samples=4), gpus, 4e9) == \
+        -(-12 * sample_tp // gpus)
+    with pytest.raises(InputError, match="expected room for a completion of 100 tokens"):
+        grpo.count_slots(config, gpus, 3e9)
 
 
 def log_probs_of(theirs, prompt, tokens):
