@@ -628,10 +628,10 @@ class Trainer:
                         run.state["unlogged"] = row
                         break
                     row |= found
-                    found = quality(row, is_url(config["reward_model"]))
-                    is_best = step > 0 and found > run.state.get("best", -math.inf)
+                    reached = quality(row, is_url(config["reward_model"]))
+                    is_best = step > 0 and reached > run.state.get("best", -math.inf)
                     if is_best:
-                        run.state["best"] = found
+                        run.state["best"] = reached
                 run.log(row)
                 if step and (is_best or is_last or step % config["save_every"] == 0):
                     run.save(step, self.model, self.optimizer, is_best)
