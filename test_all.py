@@ -2635,10 +2635,11 @@ def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_pat
 # ---------------------------------------------------------------- evaluate: benchmarks and health
 
 CRITERIA = ["Plot", "Style", "Length", "Depth", "Tone"]
+DOMAINS = ["Academic & Engineering", "Finance & Business", "Politics & Law", "Literature & Art"]
 BENCHES = {
     "writingbench": [
         {"index": 3 + 2 * n, "query": f"{'Write a story' if n % 3 else '写一个故事'} {n}",
-         "domain1": evaluate.DOMAINS[n % 4], "domain2": "x", "checklist": [
+         "domain1": DOMAINS[n % 4], "domain2": "x", "checklist": [
              {"name": name, "criteria_description": f"about {name}", "1-2": "bad", "9-10": "good"}
              for name in CRITERIA]} for n in range(12)],
     "longbench_write": [{"prompt": f"Write {x} words on {n}", "type": "x", "length": x}
@@ -2734,7 +2735,7 @@ def test_writingbench_scores_are_the_means_of_their_definition(judge_url, tmp_pa
         assert (told["scored"], told["total"]) == (60, 60)
         every = [score(n, part) for n in range(12) for part in CRITERIA]
         assert told["scores"]["overall"]["mean"] == pytest.approx(sum(every) / 60)
-        for number, domain in enumerate(evaluate.DOMAINS[:4], 1):
+        for number, domain in enumerate(DOMAINS, 1):
             check_mean(told["scores"][f"D{number}"], [
                 query(n) for n in range(12) if rows[n]["domain1"] == domain])
         check_mean(told["scores"]["R3"], [query(n) for n in range(1, 12, 2)])
