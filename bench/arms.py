@@ -4,7 +4,8 @@
 
 An arm is a list of keys for grpo.py. Runs are processes of one thread, `parallel` at a time, in
 out/ARM-SEED; what is finished is not run again. Prints a markdown table of the last evaluation, and
-draws each figure over the steps: the mean over seeds, and a band from the least to the most.
+draws each figure over the steps: the mean over seeds, and a band from the least to the most. A run
+that grpo.py's alarm stops (a solved reward teaches nothing more) keeps its last figures.
 """
 import os
 import subprocess
@@ -40,12 +41,14 @@ PANELS = {"eval/length": "length reward", "eval/format": "format reward",
 
 
 def run_arm(run, keys):
-    """grpo.py with one thread; its last lines if it fails."""
+    """grpo.py with one thread: why its alarm has stopped it, or ""."""
     grpo = [sys.executable, str(HERE.parent / "grpo.py"), f"out={run}", *keys]
     done = subprocess.run(grpo, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True)
-    if done.returncode:
+    told = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode and not told.startswith("stopped: "):
         sys.exit(f"{run}: {done.stderr[-2000:]}")
+    return told if done.returncode else ""
 
 
 def read_run(run, topics):
@@ -67,10 +70,11 @@ def draw(found, config):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(11, 6))
+    steps = max((sorted(run) for runs in found.values() for run in runs), key=len)
+    at = lambda run, step: run[max(known for known in run if known <= step)]
     for axis, (key, name) in zip(axes.flat, PANELS.items()):
         for arm, runs in found.items():
-            steps = sorted(runs[0])
-            values = np.array([[run[step][key] for step in steps] for run in runs])
+            values = np.array([[at(run, step)[key] for step in steps] for run in runs])
             axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15)
             axis.plot(steps, values.mean(0), label=arm, marker="o", markersize=3)
         axis.set_title(name, fontsize=10)
@@ -96,8 +100,7 @@ def main(argv):
         jobs = [pool.submit(run_arm, run, [f"seed={seed}", f"steps={config['steps']}",
                                            *config["options"], *config["arms"][arm]])
                 for (arm, seed), run in runs.items()]
-        for job in tqdm(jobs, unit="run"):
-            job.result()
+        stopped = [job.result() for job in tqdm(jobs, unit="run")]
     found = {arm: [read_run(runs[arm, seed], topics) for seed in config["seeds"]]
              for arm in config["arms"]}
     draw(found, config)
@@ -108,6 +111,9 @@ def main(argv):
         last = {key: [part[max(part)][key] for part in parts] for key in PANELS}
         print(f"| {arm} | " + " | ".join(f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})"
                                          for v in last.values()) + " |")
+    for run, reason in zip(runs.values(), stopped):
+        if reason:
+            print(f"\n{run}: step {read_done(Path(run) / 'log.jsonl')[-1]['step']}, {reason}")
     print(f"\npicture: {config['picture']}")
 
 
