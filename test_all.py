@@ -2305,11 +2305,17 @@ def run_grpo(ranks, arguments):
     grpo.main(arguments)  # joins the group that is there
 
 
-@pytest.mark.parametrize("sample_tp", [1, 2])
-def test_two_ranks_sample_what_they_train(sample_tp, training, whole_run, tmp_path):
+@pytest.fixture(scope="module", params=[1, 2], ids=["sample_tp=1", "sample_tp=2"])
+def run_of_two(request, training, tmp_path_factory):
+    """The folder of three steps on two ranks."""
+    out = tmp_path_factory.mktemp("two")
+    run_on_ranks(2, run_grpo, training + [f"out={out}", "steps=3", f"sample_tp={request.param}"])
+    return out
+
+
+def test_two_ranks_sample_what_they_train(run_of_two, whole_run):
     """A sampler that keeps yesterday's weights: the ratio would leave 1 after the first step."""
-    run_on_ranks(2, run_grpo, training + [f"out={tmp_path}", "steps=3", f"sample_tp={sample_tp}"])
-    log, alone = read_log(tmp_path), read_log(whole_run)
+    log, alone = read_log(run_of_two), read_log(whole_run)
     assert [row["step"] for row in log] == [0, 1, 2, 3]
     assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["ratio/outside"] == 0 for row in log[1:])
     for key in ("reward/length", "tokens", "grad_norm"):
@@ -2317,8 +2323,8 @@ def test_two_ranks_sample_what_they_train(sample_tp, training, whole_run, tmp_pa
 
 
 def run_late(ranks, arguments, seconds):
-    """GRPO where collectives time out long before rank 1 ends its first rollout and its scoring,
-    and where it decodes ten times slower."""
+    """GRPO where collectives time out long before rank 1 has scored its first rollout, and where
+    it decodes its second ten times slower."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 3))
     if ranks.rank == 1:
         honest_step, honest_rewards, slept = sample.Engine.step, grpo.rule_rewards, set()
@@ -2326,7 +2332,8 @@ def run_late(ranks, arguments, seconds):
         def slow_step(engine, R):
             start = time.perf_counter()
             honest_step(engine, R)
-            time.sleep(9 * (time.perf_counter() - start))
+            is_evaluation = engine.identity[1] == 0
+            time.sleep(0 if is_evaluation else 9 * (time.perf_counter() - start))
 
         def late_rewards(*arguments):
             time.sleep(0 if slept else seconds)
@@ -2337,17 +2344,16 @@ def run_late(ranks, arguments, seconds):
     grpo.main(arguments)
 
 
-def test_ranks_wait_for_a_slow_one(training, tmp_path):
+@pytest.mark.parametrize("run_of_two", [1], indirect=True)
+def test_ranks_wait_for_a_slow_one(run_of_two, training, tmp_path):
     """A collective that starts while a rank still samples or asks its judge, and times out."""
-    arguments = training + ["steps=1", "eval_every=5"]
-    run_on_ranks(2, run_grpo, arguments + [f"out={tmp_path / 'even'}"])
     start = time.monotonic()
-    run_on_ranks(2, run_late, arguments + [f"out={tmp_path / 'late'}"], 15)
+    run_on_ranks(2, run_late, training + ["steps=1", f"out={tmp_path}"], 15)
     assert time.monotonic() - start > 15
-    even, late = (read_log(tmp_path / name)[-1] for name in ("even", "late"))
+    even, late = (read_log(folder)[1] for folder in (run_of_two, tmp_path))
     timed = [key for key in even if key.startswith("seconds/")] + ["tokens_per_second"]
-    assert {key: even[key] for key in even if key not in timed} == {
-        key: late[key] for key in late if key not in timed}
+    assert {key: even[key] for key in LOG_KEYS if key not in timed} == {
+        key: late[key] for key in LOG_KEYS if key not in timed}
 
 
 def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
