@@ -476,7 +476,7 @@ def judge_all(questions, judge, is_main):
 
 # ---------------------------------------------------------------- scores
 
-def draw_places(num):
+def resample(num):
     """(DRAWS, num) places of prompts, drawn with replacement."""
     return np.random.default_rng(0).integers(num, size=(DRAWS, num))
 
@@ -492,7 +492,7 @@ def estimate(statistic, num):
     """The summary of statistic(places (..., num)) -> (...) over num prompts."""
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a draw without any score is left out
-        return summarise(statistic(np.arange(num)), statistic(draw_places(num)))
+        return summarise(statistic(np.arange(num)), statistic(resample(num)))
 
 
 def estimate_mean(values, weights=None):
@@ -594,7 +594,7 @@ def arena_scores(names, wins, anchor):
     """{name: {"overall": Elo, "win_rate": ...}}; Elo 1000 at the anchor."""
     found, scale, base = {}, 400 / math.log(10), names.index(anchor)
     fitted, drawn = (1000 + scale * (s - s[..., base:base + 1]) for s in map(fit_bradley_terry, (
-        wins.sum(0), wins[draw_places(len(wins))].sum(1))))
+        wins.sum(0), wins[resample(len(wins))].sum(1))))
     for n, name in enumerate(names):
         won, played = wins[:, n].sum(-1), (wins[:, n] + wins[:, :, n]).sum(-1)
         rate = lambda at: won[at].sum(-1) / played[at].sum(-1)

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from model import (InputError, copy_weights, count_parameters, flops_per_token, join_share,
                    load_config, load_for_sampling, load_for_training, load_tokenizer,
                    parse_config, sampling_plan, script, setup)
-from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, learning_rate,
-                      make_optimizer, make_packs, print_plan)
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
+                      learning_rate, make_optimizer, make_packs, print_plan)
 from reward import is_url, open_writing, page, rule_rewards, text_block
 from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, load_prompts, read_done)
@@ -111,13 +111,6 @@ def drop_unreachable(rows, tokenizer, max_tokens, is_main):
             print(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word(row):.2f} "
                   f"tokens a word, do not fit max_tokens={max_tokens}")
     return [row for row in rows if fits(row)]
-
-
-def choose_prompts(num_rows, num_prompts, step, seed):
-    """Places of the prompts of 1-based step: each epoch in a new order, a function of the seed."""
-    places = range((step - 1) * num_prompts, step * num_prompts)
-    return [np.random.default_rng([seed, place // num_rows]).permutation(num_rows)[place % num_rows]
-            for place in places]
 
 
 # ---------------------------------------------------------------- roll out and score
@@ -561,8 +554,8 @@ class Trainer:
         """As sample_groups, of a step; groups without any advantage give way to other prompts, up
         to `resample` times."""
         config = self.config
-        batch = self.sample_groups(choose_prompts(len(self.rows), config["num_prompts"], step,
-                                                  config["seed"]), step)
+        batch = self.sample_groups(draw_places(len(self.rows), config["num_prompts"], step,
+                                               config["seed"]), step)
         for attempt in range(config["resample"]):
             if batch is None:
                 break

@@ -611,6 +611,15 @@ def deal_evenly(items, ranks, size):
     return [mine[start:start + size] for start in range(0, most, size)]
 
 
+def draw_places(num_rows, count, step, seed):
+    """Places of the `count` rows of 1-based step: all come once an epoch, each epoch in a new
+    order, a function of the seed."""
+    epochs, places = np.divmod(np.arange((step - 1) * count, step * count), num_rows)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
+              for epoch in set(epochs.tolist())}
+    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places)]
+
+
 def make_packs(sizes, costs, world, micro_tokens):
     """Items dealt into packs of at most micro_tokens (or one item) and like costs, as many on
     each rank: a list of lists of places, the costliest first, of which rank r takes every

@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 from model import (InputError, flops_per_token, is_scorer, load_config, load_for_training,
                    load_model, load_tokenizer, parse_config, script, setup)
-from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, make_optimizer, make_packs,
-                      print_plan, train)
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
+                      make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
                     load_rows, normalise_text, prompt_row, read_done, render_chat,
                     word_pattern)
@@ -867,14 +867,6 @@ def tokenise_pairs(rows, tokenizer, max_len, ranks, name, batch=64):
     return pairs, sum(is_cut for _, is_cut in found.values()) / len(found)
 
 
-def draw_pairs(pairs, batch_pairs, step, seed):
-    """The pairs of 1-based step: all come once an epoch, each epoch in a new order."""
-    epochs, places = np.divmod(np.arange((step - 1) * batch_pairs, step * batch_pairs), len(pairs))
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(len(pairs))
-              for epoch in set(epochs.tolist())}
-    return [pairs[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places)]
-
-
 def bradley_terry(scores_P2, centre):
     """-log sigmoid(chosen - rejected) + centre * (chosen + rejected)^2 of each pair, (P,); the
     second term fixes the scale's origin (arXiv:2312.09244)."""
@@ -971,7 +963,7 @@ def train_reward_model(config):
     options = ranks, config["micro_tokens"]
 
     def accumulate(step):
-        drawn = draw_pairs(pairs, batch, step, config["seed"])
+        drawn = [pairs[place] for place in draw_places(len(pairs), batch, step, config["seed"])]
         scores = leave_gradient(model, drawn, *options, config["centre"])
         return {"loss": bradley_terry(scores, config["centre"]).mean().item(),
                 "accuracy": share_right(scores)}

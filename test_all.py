@@ -1437,14 +1437,6 @@ def test_a_pair_stays_whole_and_each_text_is_read_once(policy, monkeypatch):
             assert tokens.tolist() == (whole if text != answers[1] else whole[:1499] + whole[-1:])
 
 
-def test_every_pair_comes_once_an_epoch():
-    """Pairs drawn with replacement: a third of dear human judgements never seen."""
-    steps = [reward.draw_pairs(range(9), 6, step, 0) for step in range(1, 7)]
-    epochs = np.reshape(steps, (4, 9)).tolist()
-    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 4
-
-
 def test_accuracies_equal_a_plain_count(judge, tmp_path, capsys):
     """An accuracy that a tie wins, or that hides what length explains; buckets that lose a pair;
     a table of another evaluation than the last."""
@@ -2210,11 +2202,14 @@ def test_packs_hold_all_within_their_tokens_at_like_costs():
     assert wall < 1.1 * sum(costs) / 4
 
 
-def test_every_prompt_comes_once_an_epoch():
-    """Prompts drawn with replacement, or in the same order in each epoch."""
-    steps = [grpo.choose_prompts(12, 4, step, 0) for step in range(1, 7)]
-    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(12))
-    assert steps[:3] != steps[3:]
+@pytest.mark.parametrize("num_rows, count", [(12, 4), (9, 6)])
+def test_every_row_comes_once_an_epoch(num_rows, count):
+    """Prompts or pairs drawn with replacement, or in the same order in each epoch."""
+    steps = [pretrain.draw_places(num_rows, count, step, 0) for step in range(1, 10)]
+    epochs = sum(steps, [])[:3 * num_rows]
+    orders = [epochs[start:start + num_rows] for start in range(0, 3 * num_rows, num_rows)]
+    assert all(sorted(order) == list(range(num_rows)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
 
 
 def test_spearman_is_the_correlation_of_mean_ranks():

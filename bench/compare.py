@@ -40,7 +40,7 @@ from tqdm import tqdm
 import grpo
 from model import (ChunkedLogProbs, find_commit, load_for_sampling, load_model, load_tokenizer,
                    parse_config, script, setup)
-from pretrain import apply_gradient, make_optimizer, to_pack
+from pretrain import apply_gradient, draw_places, make_optimizer, to_pack
 from reward import rule_rewards
 from sample import Stops, apply_template, encode_prompts, generate, load_prompts
 
@@ -146,7 +146,7 @@ def grpo_theirs(config, steps, micro_batch=64):
     tokenizer = load_tokenizer(config["model"])
     rows = load_prompts(config["prompts"])
     chosen = [rows[place] for step in range(1, steps + 1)
-              for place in grpo.choose_prompts(len(rows), ours["num_prompts"], step, 0)]
+              for place in draw_places(len(rows), ours["num_prompts"], step, 0)]
     data = Dataset.from_list([{"prompt": apply_template(tokenizer, "think", row["prompt"]),
                                "length": row["length"]} for row in chosen])
     means, ends = {"length": [], "format": []}, [time.perf_counter()]
