@@ -80,9 +80,9 @@ CONFIG = dict(
 )
 NGRAM = 13                   # words; field practice for copies, and free of false alarms in prose
 PARAGRAPH, PIECE = 20, 100   # words: a shorter paragraph is not compared, a longer one in pieces
-ALIKE = 0.3                  # similarity of a copy: prose reaches 0.1 in nine pieces of ten, 0.19
-                             # in 99 of 100, sentences of one grammar 0.3; with 30% of its words
-                             # changed a copy has 0.45
+ALIKE = 0.22                 # similarity of a copy: prose has 0.19 in 99 pieces of 100 before the
+                             # next is taken off; with 30% of its words changed a copy has 0.45
+CHANCE = 5                   # pairs that sentences of one frame share without being copies
 DRIFT = 0.25                 # how far words of a copy may shift, in lengths of the piece
 DEAD_ZONE, FULL = 0.15, 0.4  # copied share at which the penalty starts and is complete
 BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # ends of a line, and so of a paragraph
@@ -222,12 +222,12 @@ def cut_pieces(lines):
 def similarities(ids, pieces, copied):
     """How much of each piece (P,) was said before, in the same order, 0 to 1.
 
-    The share of its pairs of neighbouring words whose first (or, the larger counts, latest) use
-    before the piece is equally far back, give or take DRIFT of its length. A copy keeps that
-    distance, whatever words are changed; the phrases that a text is made of do not, while cosines
-    of word counts take a story's names or a contract's terms for a copy. Pairs inside copied
-    spans are counted there, not here: a paragraph may open with a formula. A piece that is mostly
-    such spans is a copy."""
+    The share of its pairs of neighbouring words, but for CHANCE of them, whose first (or, the
+    larger counts, latest) use before the piece is equally far back, give or take DRIFT of its
+    length. A copy keeps that distance, whatever words are changed; the phrases that a text is made
+    of do not, while cosines of word counts take a story's names or a contract's terms for a copy.
+    Pairs inside copied spans are counted there, not here: a paragraph may open with a formula. A
+    piece that is mostly such spans is a copy."""
     pairs = np.flatnonzero((pieces[:-1] == pieces[1:]) & (pieces[:-1] >= 0))
     best, N = np.zeros(pieces.max(initial=-1) + 1), len(ids)
     if not len(pairs):
@@ -247,7 +247,7 @@ def similarities(ids, pieces, copied):
         reach = (DRIFT * sizes).astype(int)[near // (4 * N)]
         hits = np.searchsorted(near, near + reach, "right") - np.arange(len(near))
         np.maximum.at(best, near // (4 * N), hits)
-    return np.where(free < sizes / 2, 1, best / np.maximum(free, 1))
+    return np.where(free < sizes / 2, 1, np.maximum(best - CHANCE, 0) / np.maximum(free, 1))
 
 
 def similar_words(ids, lines, copied):

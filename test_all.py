@@ -1000,7 +1000,7 @@ def slow_similarities(words, lines, copied):
                 back = [i - choose(earlier) for i, earlier in zip(free, uses) if earlier]
                 best = max([best] + [sum(d <= e <= d + reach for e in back) for d in back])
             is_copy = len(free) < (len(piece) - 1) / 2
-            found.append((1 if is_copy else best / len(free), len(piece)))
+            found.append((1 if is_copy else max(0, best - 5) / len(free), len(piece)))
     return found
 
 
