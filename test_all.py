@@ -479,19 +479,22 @@ def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
                                 "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
 
-    def ask(call, name="org/name"):
-        code = f"import model\nprint(model.{call}('{name}'))"
+    def run(*lines):
+        code = "\n".join(["import os, model, urllib.request", *lines])
         return subprocess.run([sys.executable, "-c", code], env=environment, cwd=TOY.parent,
                               capture_output=True, text=True)
 
-    assert "Qwen2ForCausalLM" in ask("load_config").stdout
-    assert not any("safetensors" in path for path in Hub.asked)
-    assert "Qwen2" in ask("load_model", "org/name', 'cpu").stdout
-    assert any("model.safetensors" in path for path in Hub.asked)
-    assert "InputError: org/other" in ask("load_config", "org/other").stderr
+    done = run("print(model.load_config('org/name')[1]['architectures'])",
+               "try: urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/now-the-weights')",
+               "except OSError: pass", "print(model.load_model('org/name', 'cpu'))",
+               "model.load_config('org/other')")
+    assert "Qwen2ForCausalLM" in done.stdout and "(model): Backbone" in done.stdout
+    assert "InputError: org/other" in done.stderr
+    asked = " ".join(Hub.asked).partition("/now-the-weights")
+    assert "safetensors" not in asked[0] and "model.safetensors" in asked[2]
     server.shutdown()
     server.server_close()
-    assert "Qwen2" in ask("load_model", "org/name', 'cpu").stdout
+    assert "(model): Backbone" in run("print(model.load_model('org/name', 'cpu'))").stdout
 
 
 def test_arguments_get_the_types_of_the_defaults():
@@ -1847,7 +1850,8 @@ def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
 
 
 CRASH_ONCE = """
-import os, signal, sys, pretrain
+import model, os, signal, sys, pretrain
+model.PeerWatch.pause, model.PeerWatch.grace = 0.2, 1
 honest, honest_setup = pretrain.next_token_loss, pretrain.setup
 def setup():
     ranks = honest_setup()
