@@ -2243,8 +2243,56 @@ def training(policy, judge, tmp_path_factory):
             "slots=16", "save_every=1", "eval_every=2", "lr=0.01", "keep=1", "template=chat"]
 
 
+def run_late(rank, port, folder, arguments, seconds):
+    """GRPO where collectives time out long before rank 1 has scored its first rollout, and where
+    it decodes its second ten times slower."""
+    os.dup2(os.open(folder / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    torch.cuda.is_available, honest_setup = lambda: False, grpo.setup
+    honest_step, honest_rewards = sample.Engine.step, grpo.rule_rewards
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def impatient_setup():
+        ranks = honest_setup()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 3))
+        return ranks
+
+    def slow_step(engine, R):
+        start = time.perf_counter()
+        honest_step(engine, R)
+        is_evaluation = engine.identity[1] == 0
+        time.sleep(0 if is_evaluation else 9 * (time.perf_counter() - start))
+
+    def late_rewards(*arguments):
+        if not (folder / "slept").exists():
+            time.sleep(seconds)
+            (folder / "slept").touch()
+        return honest_rewards(*arguments)
+
+    grpo.setup = impatient_setup
+    if rank == 1:
+        sample.Engine.step, grpo.rule_rewards = slow_step, late_rewards
+    grpo.main(arguments)
+
+
 @pytest.fixture(scope="module")
-def whole_run(training, tmp_path_factory):
+def late_run(training, tmp_path_factory):
+    """(folder, processes) of two ranks, one 15 s late where collectives wait for 5 s; they sleep
+    while other tests run."""
+    folder, context, port = tmp_path_factory.mktemp("late"), multiprocessing.get_context(
+        "forkserver"), free_port()
+    processes = [context.Process(target=run_late, daemon=True, args=(
+        rank, port, folder, training + ["steps=1", f"out={folder / 'run'}"], 15))
+        for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    yield folder, processes
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def whole_run(training, late_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     grpo.main(training + [f"out={out}", "steps=4"])
     return out
@@ -2321,35 +2369,15 @@ def test_two_ranks_sample_what_they_train(run_of_two, whole_run):
         assert log[1][key] == pytest.approx(alone[1][key], rel=1e-3)
 
 
-def run_late(ranks, arguments, seconds):
-    """GRPO where collectives time out long before rank 1 has scored its first rollout, and where
-    it decodes its second ten times slower."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 3))
-    if ranks.rank == 1:
-        honest_step, honest_rewards, slept = sample.Engine.step, grpo.rule_rewards, set()
-
-        def slow_step(engine, R):
-            start = time.perf_counter()
-            honest_step(engine, R)
-            is_evaluation = engine.identity[1] == 0
-            time.sleep(0 if is_evaluation else 9 * (time.perf_counter() - start))
-
-        def late_rewards(*arguments):
-            time.sleep(0 if slept else seconds)
-            slept.add(True)
-            return honest_rewards(*arguments)
-
-        sample.Engine.step, grpo.rule_rewards = slow_step, late_rewards
-    grpo.main(arguments)
-
-
 @pytest.mark.parametrize("run_of_two", [1], indirect=True)
-def test_ranks_wait_for_a_slow_one(run_of_two, training, tmp_path):
+def test_ranks_wait_for_a_slow_one(run_of_two, late_run):
     """A collective that starts while a rank still samples or asks its judge, and times out."""
-    start = time.monotonic()
-    run_on_ranks(2, run_late, training + ["steps=1", f"out={tmp_path}"], 15)
-    assert time.monotonic() - start > 15
-    even, late = (read_log(folder)[1] for folder in (run_of_two, tmp_path))
+    folder, processes = late_run
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (folder / "slept").exists()
+    even, late = (read_log(out)[1] for out in (run_of_two, folder / "run"))
     timed = [key for key in even if key.startswith("seconds/")] + ["tokens_per_second"]
     assert {key: even[key] for key in LOG_KEYS if key not in timed} == {
         key: late[key] for key in LOG_KEYS if key not in timed}
