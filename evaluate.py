@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 from model import (InputError, find_commit, find_folder, join_share, load_for_sampling,
                    load_tokenizer, open_folder, parse_config, script, setup)
-from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, copied_share, copied_spans, fence,
-                    fill, format_fault, is_url, join, marked, page, response_row, scatter, table,
-                    tag)
-from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
-                    count_words_longwriter, deal, find_answer, find_words, generate, load_prompts,
-                    load_rows)
+from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
+                    format_fault, is_url, join, marked, page, response_row, scatter, spans_of,
+                    table, tag)
+from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
+                    count_words_longwriter, deal, find_answer, find_words, generate, has_han,
+                    load_prompts, load_rows)
 
 CONFIG = dict(
     bench="health",             # health, writingbench, arena_write or longbench_write
@@ -522,7 +522,7 @@ def writingbench_scores(items, scores, subsets):
                   if str(item.id) in counted else math.nan for item, some in zip(items, scores)]
         if any(str(item.id) in counted for item in items):
             found[name] = estimate_mean(values)
-    is_chinese = np.array([bool(re.search(f"[{HAN}]", item.prompt)) for item in items])
+    is_chinese = np.array([has_han(item.prompt) for item in items])
     add("English", ~is_chinese)
     add("Chinese", is_chinese)
     return found
@@ -657,14 +657,14 @@ def examine(item, text, template):
     """The Health of a text, None when there is no text."""
     if text.error:
         return None
-    words, asked = count_words(text.response), sum(item.length or [0]) / 2
-    spans = copied_spans(text.response)
+    copies, asked = find_copies(text.response), sum(item.length or [0]) / 2
+    words, spans = copies["words"], spans_of(text.response, copies["runs"])
     return Health({
         "words": float(words), "words/asked": words / asked if asked else math.nan,
         "truncated": float(text.finish == "length") if text.finish else math.nan,
         "format faults": float(bool(format_fault(text.completion, template)))
         if text.completion else math.nan,
-        "copied": copied_share(text.response), "distinct 3-grams": distinct_share(text.response)},
+        "copied": float(copies["spans"]), "distinct 3-grams": distinct_share(text.response)},
         spans, copied_along(len(text.response), spans))
 
 

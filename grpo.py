@@ -22,7 +22,6 @@ Where the paper (arXiv:2506.18841) is silent or differs:
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -39,8 +38,8 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
 from reward import is_url, open_writing, page, rule_rewards, text_block
-from sample import (HAN, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
-                    generate, load_prompts, read_done)
+from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
+                    generate, has_han, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
@@ -99,7 +98,7 @@ def drop_unreachable(rows, tokenizer, max_tokens, is_main):
     """Rows whose range fits into max_tokens, by the tokens per word of all prompts in the same
     script, since a Chinese word is a character; [0, 0] marks a request that cannot be met. The
     others are named."""
-    is_chinese = lambda row: bool(re.search(f"[{HAN}]", row["prompt"]))
+    is_chinese = lambda row: has_han(row["prompt"])
     tokens, words = Counter(), Counter()
     for row in rows:
         tokens[is_chinese(row)] += len(tokenizer.encode(row["prompt"], add_special_tokens=False))

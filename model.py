@@ -770,7 +770,7 @@ def split(model):
 def part_of(model, name, whole):
     """A model's own part of a parameter: of a tensor, or of a lazily read slice of a file."""
     if model.share.size == 1 or "norm" in name:
-        return whole[:]
+        return whole
     shape = model.get_parameter(name).shape
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return whole[:, model.share.rank * shape[1]:(model.share.rank + 1) * shape[1]]
@@ -912,7 +912,8 @@ def load_weights(model, folder, new=()):
     tensors = open_tensors(folder)
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
-        shapes = {name: list(x.shape) for name, x in Qwen2(model.config).named_parameters()}
+        whole = model if model.share.size == 1 else Qwen2(model.config)
+    shapes = {name: list(x.shape) for name, x in whole.named_parameters()}
     unread = {"lm_head.weight", "score.weight"} - set(parameters)  # of tied or replaced heads
     for name in sorted(set(tensors) - set(parameters) - unread):
         if not name.endswith("rotary_emb.inv_freq"):
@@ -925,10 +926,8 @@ def load_weights(model, folder, new=()):
             raise InputError(f"{folder}: expected tensor {name}, found none")
         elif (found := list(tensors[name].get_shape())) != expected:
             raise InputError(f"{folder}: tensor {name}: expected shape {expected}, found {found}")
-        elif model.share.size > 1:
-            fill(parameter, part_of(model, name, tensors[name]))
         else:
-            fill(parameter, tensors[name])
+            fill(parameter, part_of(model, name, tensors[name]))
 
 
 def init_weights(model, seed):

@@ -517,8 +517,7 @@ def cache_tokens(paths, tokenizer, cache, ranks):
                 write_tokens(paths, tokenizer, folder)
         except OSError as error:
             raise InputError(f"{error.filename or cache}: {error.strerror or error}") from None
-    ranks.any(False)
-    return ranks.gather(keys)[0]  # of rank 0, the only one
+    return ranks.gather(keys)[0]  # of rank 0, the only one; all wait for it
 
 
 class Documents:

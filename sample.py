@@ -229,6 +229,10 @@ def find_words(text):
     return re.findall(word_pattern(text), text)
 
 
+def has_han(text):
+    return bool(re.search(f"[{HAN}]", text))
+
+
 def count_words(text):
     return len(find_words(text))
 
@@ -257,7 +261,7 @@ def apply_template(tokenizer, template, prompt):
     """The text that the model goes on from."""
     if template == "chat":
         return render_chat(tokenizer, [{"role": "user", "content": prompt}], True)
-    texts = TEMPLATES_CHINESE if re.search(f"[{HAN}]", prompt) else TEMPLATES
+    texts = TEMPLATES_CHINESE if has_han(prompt) else TEMPLATES
     return texts[template].replace("{prompt}", prompt)
 
 
