@@ -3,11 +3,13 @@
     python bench/arms.py arms='{"length": ["weights={\"length\": 1}"], "all": []}' picture=arms.png
 
 An arm is a list of keys for grpo.py. Runs are processes of one thread, `parallel` at a time, in
-out/ARM-SEED; what is finished is not run again. Prints a markdown table of the last evaluation, and
-draws each figure over the steps: the mean over seeds, and a band from the least to the most. A run
-that grpo.py's alarm stops (a solved reward teaches nothing more) keeps its last figures.
+out/KEYS-SEED: what is finished is not run again, nor what arms of several experiments share. Prints
+a markdown table of the last evaluation, and draws each figure over the steps: the mean over seeds,
+and a band from the least to the most. A run that grpo.py's alarm stops (a solved reward teaches
+nothing more) keeps its last figures.
 """
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +28,9 @@ from toy import gold_scores
 CONFIG = dict(
     arms={"length": ['weights={"length": 1}'], "format": ['weights={"format": 1}'],
           "writing": ['weights={"writing": 1}'], "all three": []},
-    options=[],                  # more keys for every arm
+    options=["eval_every=15"],   # more keys for every arm
     seeds=[0, 1, 2],
-    steps=120,
+    steps=60,
     parallel=4,                  # runs at one time
     prompts="toy/held_out.jsonl",
     out="out/arms",
@@ -40,14 +42,24 @@ PANELS = {"eval/length": "length reward", "eval/format": "format reward",
           "words": "words", "repetition": "repetition penalty"}
 
 
+def name_keys(keys):
+    """A folder's name for an arm: its keys, or default when it has none."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(keys).lower()).strip("-") or "default"
+
+
 def run_arm(run, keys):
     """grpo.py with one thread: why its alarm has stopped it, or ""."""
+    alarm = Path(run) / "alarm.txt"
+    if alarm.is_file():
+        return alarm.read_text()
     grpo = [sys.executable, str(HERE.parent / "grpo.py"), f"out={run}", *keys]
     done = subprocess.run(grpo, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
                           text=True)
     told = done.stderr.strip().rpartition("\n")[2]
     if done.returncode and not told.startswith("stopped: "):
         sys.exit(f"{run}: {done.stderr[-2000:]}")
+    if done.returncode:
+        alarm.write_text(told)
     return told if done.returncode else ""
 
 
@@ -93,8 +105,8 @@ def draw(found, config):
 def main(argv):
     config = parse_config(CONFIG, argv, dict(steps=1, parallel=1))
     topics = {row["id"]: row["topic"] for row in load_rows(config["prompts"], lambda row, n: row)}
-    runs = {(arm, seed): f"{config['out']}/{arm.replace(' ', '-')}-{seed}"
-            for arm in config["arms"] for seed in config["seeds"]}
+    runs = {(arm, seed): f"{config['out']}/{name_keys(keys)}-{seed}"
+            for arm, keys in config["arms"].items() for seed in config["seeds"]}
     Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(config["parallel"]) as pool:
         jobs = [pool.submit(run_arm, run, [f"seed={seed}", f"steps={config['steps']}",
