@@ -3,6 +3,6 @@
 # The paper does not say. On the embedded toy, four one-thread processes at a time; three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python bench/arms.py out=out/toy-loss picture=out/toy-loss/loss.png \
+python bench/arms.py picture=out/toy_loss.png \
     title="The toy: the loss averaged over a prompt's tokens, all tokens, or each sequence's" \
     arms='{"prompt": [], "token": ["loss_mean=token"], "sequence": ["loss_mean=sequence"]}' "$@"

@@ -4,7 +4,7 @@
 # is trained on it. Four one-thread processes at a time; three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python bench/arms.py out=out/toy-rewards picture=out/toy-rewards/rewards.png \
+python bench/arms.py picture=out/toy_rewards.png \
     title="The toy: each reward alone, two, and three averaged or summed" \
     arms='{"length": ["weights={\"length\": 1}"], "format": ["weights={\"format\": 1}"],
            "writing": ["weights={\"writing\": 1}"],
