@@ -2984,16 +2984,20 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     prompts = [tell("a fox"), tell("the foxy"), "请写一篇关于海港的文章，800字左右。",
                "напиши рассказ о море и о городе", f"800 words on: {quoted}, fifteen",
                "Say hello", "Write 60 words on bees", "Write 50,000 words on ants", "fault 800 words"]
-    write_lines(tmp_path / "chats.jsonl", [
-        {"conversation": [{"role": "user", "content": prompt}, {"role": "assistant",
-                                                                "content": "no"}]}
-        for prompt in prompts])
+    for name, some in (("chats-1", prompts[:4]), ("chats-2", prompts[4:])):
+        write_lines(tmp_path / f"{name}.jsonl", [
+            {"conversation": [{"role": "user", "content": prompt}, {"role": "assistant",
+                                                                    "content": "no"}]}
+            for prompt in some])
     write_lines(tmp_path / "bench.jsonl", [{"query": f"Think of {quoted}."}])
-    keys = [f"data={tmp_path / 'chats.jsonl'}", f'benchmarks=["{tmp_path / "bench.jsonl"}"]']
-    read = lambda out: [row["length"] for row in map(json.loads, open(out / "prompts.jsonl"))]
+    keys = [f"data={tmp_path / 'chats-*.jsonl'}", f'benchmarks=["{tmp_path / "bench.jsonl"}"]']
+    rows = lambda out, name="prompts": [*map(json.loads, open(out / f"{name}.jsonl"))]
+    read = lambda out: [row["length"] for row in rows(out)]
 
-    annotate.main(keys + [f"out={tmp_path / 'stated'}"])
-    assert read(tmp_path / "stated") == [[720, 880]] * 3  # the fox, the harbor, the fault
+    annotate.main(keys + [f"out={tmp_path / 'stated'}", "held_out=1"])
+    assert read(tmp_path / "stated") == [[720, 880]] * 2
+    kept = rows(tmp_path / "stated") + rows(tmp_path / "stated", "held_out")
+    assert {row["id"] for row in kept} == {0, 2, 8}  # the fox, the harbor, the fault
     summary = json.loads((tmp_path / "stated" / "summary.json").read_text())
     assert sorted(summary["dropped"].values()) == [1] * 6 and summary["kept in Chinese"] == 1
 

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "toy")]
 
 import numpy as np
 from tqdm import tqdm
 
 from model import find_commit, parse_config, script
+from rows import follows
 from sample import load_rows, read_done
 from toy import gold_scores
 
@@ -32,14 +33,15 @@ CONFIG = dict(
     seeds=[0, 1, 2],
     steps=60,
     parallel=4,                  # runs at one time
-    prompts="toy/held_out.jsonl",
+    prompts="toy/held_out.jsonl",  # to evaluate on
     out="out/arms",
     picture="out/arms/arms.png",
     title="The toy, each reward alone and all three",
 )
-PANELS = {"eval/length": "length reward", "eval/format": "format reward",
-          "eval/writing": "writing reward (the proxy)", "gold": "gold score (never trained on)",
-          "words": "words", "repetition": "repetition penalty"}
+FIGURES = {"eval/length": "length reward", "eval/format": "format reward",
+           "eval/writing": "writing reward (the proxy)", "gold": "gold score (never trained on)",
+           "words": "words", "repetition": "repetition penalty",
+           "outline": "outline score (never trained on)"}  # where prompts list points
 
 
 def name_keys(keys):
@@ -63,9 +65,9 @@ def run_arm(run, keys):
     return told if done.returncode else ""
 
 
-def read_run(run, topics):
-    """{step: {figure: value}} of a run's evaluations."""
-    gold, found = gold_scores(run, topics), {}
+def read_run(run, prompts):
+    """{step: {figure: value}} of a run's evaluations on prompts {id: row}."""
+    gold, found = gold_scores(run, {name: row["topic"] for name, row in prompts.items()}), {}
     for row in read_done(Path(run) / "log.jsonl"):
         if "eval/length" not in row:
             continue
@@ -73,18 +75,22 @@ def read_run(run, topics):
         means = {key: float(np.mean([sample["rewards"][key] for sample in samples]))
                  for key in ("words", "repetition")}
         found[row["step"]] = row | means | {"gold": gold[row["step"]]}
+        if all("points" in row for row in prompts.values()):
+            found[row["step"]]["outline"] = float(np.mean([
+                follows(sample["response"], prompts[sample["index"]]["points"])
+                for sample in samples]))
     return found
 
 
-def draw(found, config):
-    """found: {arm: [a run's figures by step, for each seed]}."""
+def draw(found, figures, config):
+    """found: {arm: [a run's figures by step, for each seed]}; figures: {key: name}, at most 6."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(11, 6))
     steps = max((sorted(run) for runs in found.values() for run in runs), key=len)
     at = lambda run, step: run[max(known for known in run if known <= step)]
-    for axis, (key, name) in zip(axes.flat, PANELS.items()):
+    for axis, (key, name) in zip(axes.flat, figures.items()):
         for arm, runs in found.items():
             values = np.array([[at(run, step)[key] for step in steps] for run in runs])
             axis.fill_between(steps, values.min(0), values.max(0), alpha=0.15)
@@ -104,23 +110,28 @@ def draw(found, config):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, dict(steps=1, parallel=1))
-    topics = {row["id"]: row["topic"] for row in load_rows(config["prompts"], lambda row, n: row)}
+    prompts = {row["id"]: row for row in load_rows(config["prompts"], lambda row, n: row)}
     runs = {(arm, seed): f"{config['out']}/{name_keys(keys)}-{seed}"
             for arm, keys in config["arms"].items() for seed in config["seeds"]}
     Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(config["parallel"]) as pool:
         jobs = [pool.submit(run_arm, run, [f"seed={seed}", f"steps={config['steps']}",
+                                           f"eval_prompts={config['prompts']}",
                                            *config["options"], *config["arms"][arm]])
                 for (arm, seed), run in runs.items()]
         stopped = [job.result() for job in tqdm(jobs, unit="run")]
-    found = {arm: [read_run(runs[arm, seed], topics) for seed in config["seeds"]]
+    found = {arm: [read_run(runs[arm, seed], prompts) for seed in config["seeds"]]
              for arm in config["arms"]}
-    draw(found, config)
+    measured = next(iter(found.values()))[0]
+    figures = {key: name for key, name in FIGURES.items() if key in next(iter(measured.values()))}
+    if len(figures) > 6:
+        del figures["repetition"]
+    draw(found, figures, config)
     print(f"commit {find_commit()}, {len(config['seeds'])} seeds, step {config['steps']}: mean "
-          "(least to most)\n\n| arm | " + " | ".join(PANELS.values()) + " |\n"
-          + "|---" * (len(PANELS) + 1) + "|")
+          "(least to most)\n\n| arm | " + " | ".join(figures.values()) + " |\n"
+          + "|---" * (len(figures) + 1) + "|")
     for arm, parts in found.items():
-        last = {key: [part[max(part)][key] for part in parts] for key in PANELS}
+        last = {key: [part[max(part)][key] for part in parts] for key in figures}
         print(f"| {arm} | " + " | ".join(f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})"
                                          for v in last.values()) + " |")
     for run, reason in zip(runs.values(), stopped):

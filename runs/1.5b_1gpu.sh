@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # GRPO on Qwen2.5-1.5B, completions of up to 8,000 tokens, one GPU of 80 GB. Written, and not yet
-# run on a GPU. The rows of data/prompts.jsonl are {"id", "prompt", "length": [lo, hi]}.
+# run on a GPU.
 #
-# python grpo.py plan=true model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b \
+# in:  out/prompts/, by runs/prompts.sh; out/reward-1.5b/latest, by reward.py as
+#      runs/reward_model_32b.sh tells
+# out: out/grpo-1.5b/latest and best
+#
+# python grpo.py plan=true model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b/latest \
 #     num_prompts=8 num_samples=8 max_tokens=8000 micro_tokens=8192 slots=0 steps=150
 # Computed for a reward model of the same size, bytes on the GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                24,699,428,864
@@ -30,8 +34,8 @@
 # sampling, every completion at the cap.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python grpo.py model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b \
-    prompts=data/prompts.jsonl eval_prompts=data/held_out.jsonl out=out/grpo-1.5b \
+python grpo.py model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b/latest \
+    prompts=out/prompts/prompts.jsonl eval_prompts=out/prompts/held_out.jsonl out=out/grpo-1.5b \
     num_prompts=8 num_samples=8 max_tokens=8000 temperature=0.8 micro_tokens=8192 \
     slots=0 steps=150 lr=1e-6 warmup=5 schedule=constant beta2=0.95 \
     save_every=10 eval_every=25 keep=2

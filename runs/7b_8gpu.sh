@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # GRPO on Qwen2.5-7B, completions of up to 14,000 tokens, one node of 8 GPUs. Written, and not yet
-# run on GPUs. The rows of data/prompts.jsonl are {"id", "prompt", "length": [lo, hi]}.
+# run on GPUs.
 #
-# WORLD_SIZE=8 python grpo.py plan=true model=Qwen/Qwen2.5-7B reward_model=out/reward-7b \
+# in:  out/prompts/, by runs/prompts.sh; out/reward-7b/latest, by reward.py as runs/reward_model_32b.sh
+#      tells
+# out: out/grpo-7b/latest and best
+#
+# WORLD_SIZE=8 python grpo.py plan=true model=Qwen/Qwen2.5-7B reward_model=out/reward-7b/latest \
 #     num_prompts=16 num_samples=16 max_tokens=14000 micro_tokens=16384 slots=0 steps=150
 # Computed for a reward model of the same size, bytes on each GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                15,231,233,024
@@ -31,8 +35,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec torchrun --nproc_per_node 8 --max-restarts 3 --shutdown-timeout 900 \
-    grpo.py model=Qwen/Qwen2.5-7B reward_model=out/reward-7b \
-    prompts=data/prompts.jsonl eval_prompts=data/held_out.jsonl out=out/grpo-7b \
+    grpo.py model=Qwen/Qwen2.5-7B reward_model=out/reward-7b/latest \
+    prompts=out/prompts/prompts.jsonl eval_prompts=out/prompts/held_out.jsonl out=out/grpo-7b \
     num_prompts=16 num_samples=16 max_tokens=14000 temperature=0.8 micro_tokens=16384 \
     slots=0 steps=150 lr=1e-6 warmup=5 schedule=constant beta2=0.95 \
     save_every=10 eval_every=25 keep=2

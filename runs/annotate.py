@@ -19,6 +19,8 @@ out/summary.json how many were dropped, and why; the same command goes on and as
 3. Where a judge's range and a stated length do not overlap, the stated one stands, and is counted.
 """
 import collections
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,11 +34,13 @@ import numpy as np
 from tqdm import tqdm
 
 from model import InputError, open_folder, parse_config, script, setup
+from pretrain import find_files
 from reward import Endpoint, Judge, fence, fill
 from sample import HAN, checked_rows, find_words, prompt_row
 
 CONFIG = dict(
-    data="",                 # file of conversations or prompts: JSONL, JSON, .gz, Parquet
+    data="",                 # file or glob of conversations or prompts, or [several]: JSONL, JSON,
+                             # .gz, Parquet
     columns={},              # other names of "id", "prompt": {"prompt": "query"}
     benchmarks=[],           # files whose prompts must not be trained on
     judge="",                # URL of an OpenAI-compatible endpoint; "": stated lengths alone
@@ -44,6 +48,7 @@ CONFIG = dict(
     concurrency=16,
     min_words=100,           # of a request's lower end
     similarity=0.7,          # from which a prompt is a near copy
+    held_out=0,              # prompts that go to out/held_out.jsonl instead, to evaluate on
     out="out/annotate",
     resume=True,
 )
@@ -213,7 +218,7 @@ def benchmark_prompt(row, number):
 def sift(rows, config, dropped):
     """Yield the rows that are in English or Chinese, new, and not a benchmark's; dropped counts
     the others by reason."""
-    copies = NearCopies(config["similarity"])
+    copies, ids = NearCopies(config["similarity"]), set()
     known = {run for path in config["benchmarks"]
              for prompt in checked_rows(path, benchmark_prompt) for run in word_runs(prompt)}
     for row in rows:
@@ -223,7 +228,10 @@ def sift(rows, config, dropped):
             dropped["shares 13 words with a benchmark"] += 1
         elif copies.add(row["prompt"]):
             dropped["near copy of another prompt"] += 1
+        elif row["id"] in ids:
+            dropped["has the id of another prompt"] += 1
         else:
+            ids.add(row["id"])
             yield row
 
 
@@ -293,15 +301,25 @@ def stated_lengths(rows, dropped):
             yield row | {"length": length}
 
 
+def write_rows(path, rows):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, dict(concurrency=1, min_words=0, similarity=(0.1, 1)))
+    config = parse_config(CONFIG, argv, dict(concurrency=1, min_words=0, similarity=(0.1, 1),
+                                             held_out=0), json_keys={"data"})
     if not config["data"]:
         raise InputError("data: expected a file of conversations or prompts, found none")
     out, dropped, noted = Path(config["out"]), collections.Counter(), collections.Counter()
     open_folder(config, setup(), {"concurrency"})
-    check = lambda row, number: prompt_row(row, number, config["columns"])
-    bar = tqdm(checked_rows(config["data"], check), desc="reading", unit="prompt")
+    numbers = itertools.count()  # over all files
+    check = lambda row, _: prompt_row(row, next(numbers), config["columns"])
+    files = find_files(config["data"])
+    bar = tqdm(itertools.chain.from_iterable(checked_rows(file, check) for file in files),
+               desc="reading", unit="prompt")
     rows = list(sift(bar, config, dropped))
     if config["judge"]:
         judge = Judge(Endpoint(config["judge"], config["judge_model"],
@@ -310,19 +328,23 @@ def main(argv):
     else:
         rows = stated_lengths(rows, dropped)
     rows = list(within_limits(rows, config["min_words"], dropped))
-    temporary = out / "prompts.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(temporary, out / "prompts.jsonl")
-    summary = {"rows": bar.n, "kept": len(rows), "kept in Chinese": sum(
-        language(row["prompt"]) == "zh" for row in rows), "dropped": dict(dropped),
-        "stated lengths against the judge's": dict(noted)}
+    # by the prompts alone, so that the same are held out whatever else there is
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
+    held = {row["id"] for row in by_hash[:config["held_out"]]}
+    write_rows(out / "held_out.jsonl", [row for row in rows if row["id"] in held])
+    write_rows(out / "prompts.jsonl", [row for row in rows if row["id"] not in held])
+    summary = {"rows": bar.n, "kept": len(rows), "held out of these": len(held),
+               "kept in Chinese": sum(language(row["prompt"]) == "zh" for row in rows),
+               "dropped": dict(dropped), "stated lengths against the judge's": dict(noted)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(f"{bar.n:>8,} rows of {config['data']}")
     for reason, count in dropped.most_common():
         print(f"{count:>8,} dropped: {reason}")
     for verdict, count in noted.items():
         print(f"{count:>8,} state a length and {verdict}")
-    print(f"{len(rows):>8,} kept in {out / 'prompts.jsonl'}")
+    print(f"{len(rows) - len(held):>8,} kept in {out / 'prompts.jsonl'}")
+    if held:
+        print(f"{len(held):>8,} held out in {out / 'held_out.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@
 # --max-restarts starts a crashed run again from its last checkpoint; --shutdown-timeout leaves the
 # other ranks the time to end (a step and a save) when one is told to stop.
 #
+# in:  data/books/*.jsonl, rows {"text"}; data/thoughts/*.jsonl, rows {"prompt", "plan", "text"};
+#      data/held_out.jsonl, rows {"text"} of the same kind
+# out: out/continual-32b/latest
+#
 # WORLD_SIZE=64 python pretrain.py plan=true model=Qwen/Qwen2.5-32B seq_len=32768 batch_rows=512 \
 #     micro_rows=1 steps=1790 recompute=all     (computed, at this commit; not measured)
 #   fp32 weights, two moments, gradient                 8,190,969,088 bytes on each GPU

@@ -7,10 +7,12 @@
 # The paper names neither learning rate nor how many prompts a step has: 1e-6, held, and 32 are our
 # choices. Its temperature is 0.8, without top-p. slots=0 sizes the cache by the memory that the
 # rest leaves; a node's 8 GPUs share a copy of the sampling weights (sample_tp).
-# data/prompts.jsonl: rows {"id", "prompt", "length": [lo, hi]}; out/reward-32b: a reward model that
-# reward.py has trained.
 #
-# WORLD_SIZE=64 python grpo.py plan=true model=Qwen/Qwen2.5-32B reward_model=out/reward-32b \
+# in:  out/prompts/, out/continual-32b/latest and out/reward-32b/latest, by runs/prompts.sh,
+#      runs/continual_pretrain_32b.sh and runs/reward_model_32b.sh
+# out: out/longwriter-zero-32b/latest and best
+#
+# WORLD_SIZE=64 python grpo.py plan=true model=Qwen/Qwen2.5-32B reward_model=out/reward-32b/latest \
 #     num_prompts=32 num_samples=32 max_tokens=14000 micro_tokens=16384 slots=0 sample_tp=8 \
 #     steps=150
 # Computed for a reward model of the same size, bytes on each GPU, at this commit; not measured:
@@ -41,8 +43,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 exec torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
     --rdzv_id "${RUN_ID:-longwriter-zero}" --max-restarts 3 --shutdown-timeout 900 \
-    grpo.py model=out/continual-32b/latest reward_model=out/reward-32b \
-    prompts=data/prompts.jsonl eval_prompts=data/held_out.jsonl out=out/longwriter-zero-32b \
+    grpo.py model=out/continual-32b/latest reward_model=out/reward-32b/latest \
+    prompts=out/prompts/prompts.jsonl eval_prompts=out/prompts/held_out.jsonl \
+    out=out/longwriter-zero-32b \
     num_prompts=32 num_samples=32 max_tokens=14000 temperature=0.8 micro_tokens=16384 \
     slots=0 sample_tp=8 steps=150 lr=1e-6 warmup=5 schedule=constant beta2=0.95 \
     save_every=10 eval_every=25 keep=2

@@ -21,7 +21,8 @@ from sample import TEMPLATES
 
 CONFIG = dict(
     out="out/toy-rows",
-    documents=2000,      # of each kind to pretrain or fine-tune on
+    documents=2000,      # of each kind to pretrain on
+    sft=960,             # to fine-tune on
     completions=12_000,  # to outlines
     pairs=12_000,
     prompts=1000,
@@ -122,7 +123,8 @@ def main(argv):
     write_rows(out / "long.jsonl", [{"text": honest_text(rng.choice(topics), rng.choice(
         long_counts), rng)} for _ in some])
     write_rows(out / "thoughts.jsonl", [planned_row(topics, long_counts, rng) for _ in some])
-    write_rows(out / "sft.jsonl", [planned_row(topics, counts, rng) for _ in some])
+    write_rows(out / "sft.jsonl", [planned_row(topics, counts, rng)
+                                    for _ in range(config["sft"])])
 
     outline = out / "outline"
     write_rows(outline / "text.jsonl", [
