@@ -37,7 +37,7 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
-from reward import is_url, open_writing, page, rule_rewards, text_block
+from reward import COMPONENTS, is_url, open_writing, page, rule_rewards, text_block
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     generate, has_han, load_prompts, read_done)
 
@@ -77,7 +77,6 @@ CONFIG = dict(
     sample_tp=1,                   # ranks that share one copy of the sampling weights
     **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
 )
-COMPONENTS = ("length", "format", "writing")
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
 EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1
 PROMPT_TOKENS = 512         # that a slot's cache has room for in a plan
@@ -352,11 +351,11 @@ def eval_row(scored, rows):
 
 
 def quality(row, is_judged):
-    """What `best` goes by: eval length, format, and writing brought to 0..1: a judge's grade of 1
-    to 10, or a reward model's odds to beat a text of score 0."""
+    """What `best` goes by: the evaluated rewards, with writing brought to 0..1: a judge's grade of
+    1 to 10, or a reward model's odds to beat a text of score 0."""
     score = row["eval/writing"]
     writing = (score - 1) / 9 if is_judged else 1 / (1 + math.exp(-score))
-    return row["eval/length"] + row["eval/format"] + writing
+    return sum(row[f"eval/{name}"] for name in COMPONENTS if name != "writing") + writing
 
 
 def save_samples(folder, step, completions, scored, rows):

@@ -307,7 +307,7 @@ def draw_curves(folder, panels):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[-1]:
+    for axis in axes.flat[max(0, len(panels) - columns):len(panels)]:  # the lowest of each column
         axis.set_xlabel("step", fontsize=8)
     figure.tight_layout()
     figure.savefig(Path(folder) / "curves.png", dpi=110)

@@ -78,6 +78,7 @@ CONFIG = dict(
     schedule="cosine",           # or constant, inverse_sqrt
     **TRAINING,
 )
+COMPONENTS = ("length", "format", "writing")  # what a completion is rewarded for
 NGRAM = 13                   # words; field practice for copies, and free of false alarms in prose
 PARAGRAPH, PIECE = 20, 100   # words: a shorter paragraph is not compared, a longer one in pieces
 ALIKE = 0.22                 # similarity of a copy: prose has 0.19 in 99 pieces of 100 before the
@@ -981,7 +982,7 @@ def train_reward_model(config):
 
 # ---------------------------------------------------------------- a table of responses
 
-COLUMNS = ("words", "length", "format", "repetition", "writing")
+COLUMNS = ("words", *COMPONENTS, "repetition")
 
 
 def response_row(row, number):

@@ -16,15 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "toy")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "toy")]
 
 import numpy as np
 from tqdm import tqdm
 
+import grammar
 from model import find_commit, parse_config, script
 from rows import follows
 from sample import load_rows, read_done
-from toy import gold_scores
 
 CONFIG = dict(
     arms={"length": ['weights={"length": 1}'], "format": ['weights={"format": 1}'],
@@ -36,12 +36,12 @@ CONFIG = dict(
     prompts="toy/held_out.jsonl",  # to evaluate on
     out="out/arms",
     picture="out/arms/arms.png",
-    title="The toy, each reward alone and all three",
+    title="The toy: each reward alone, and all three",
 )
 FIGURES = {"eval/length": "length reward", "eval/format": "format reward",
            "eval/writing": "writing reward (the proxy)", "gold": "gold score (never trained on)",
-           "words": "words", "repetition": "repetition penalty",
-           "outline": "outline score (never trained on)"}  # where prompts list points
+           "words": "words", "eval/spearman": "asked against written (rank correlation)",
+           "outline": "outline score (never trained on)"}  # in the last's place, where there is one
 
 
 def name_keys(keys):
@@ -65,20 +65,26 @@ def run_arm(run, keys):
     return told if done.returncode else ""
 
 
+def true_scores(text, prompt):
+    """What no training sees: the grammar's gold score and, where the prompt lists topics, how far
+    the text keeps to their order."""
+    if "topics" not in prompt:
+        return {"gold": grammar.gold_score(text, prompt["topic"])}
+    outline = follows(text, prompt["topics"])
+    parts = grammar.gold_parts(text, prompt["topics"][0]) | {"on_topic": outline}
+    return {"gold": sum(parts.values()) / len(parts), "outline": outline}
+
+
 def read_run(run, prompts):
     """{step: {figure: value}} of a run's evaluations on prompts {id: row}."""
-    gold, found = gold_scores(run, {name: row["topic"] for name, row in prompts.items()}), {}
+    found = {}
     for row in read_done(Path(run) / "log.jsonl"):
-        if "eval/length" not in row:
-            continue
-        samples = read_done(Path(run) / "samples" / f"step-{row['step']:06d}.jsonl")
-        means = {key: float(np.mean([sample["rewards"][key] for sample in samples]))
-                 for key in ("words", "repetition")}
-        found[row["step"]] = row | means | {"gold": gold[row["step"]]}
-        if all("points" in row for row in prompts.values()):
-            found[row["step"]]["outline"] = float(np.mean([
-                follows(sample["response"], prompts[sample["index"]]["points"])
-                for sample in samples]))
+        if "eval/length" in row:
+            samples = read_done(Path(run) / "samples" / f"step-{row['step']:06d}.jsonl")
+            measured = [{"words": sample["rewards"]["words"]} | true_scores(
+                sample["response"], prompts[sample["index"]]) for sample in samples]
+            found[row["step"]] = row | {key: float(np.mean([told[key] for told in measured]))
+                                        for key in measured[0]}
     return found
 
 
@@ -124,8 +130,8 @@ def main(argv):
              for arm in config["arms"]}
     measured = next(iter(found.values()))[0]
     figures = {key: name for key, name in FIGURES.items() if key in next(iter(measured.values()))}
-    if len(figures) > 6:
-        del figures["repetition"]
+    if "outline" in figures:
+        del figures["eval/spearman"]
     draw(found, figures, config)
     print(f"commit {find_commit()}, {len(config['seeds'])} seeds, step {config['steps']}: mean "
           "(least to most)\n\n| arm | " + " | ".join(figures.values()) + " |\n"

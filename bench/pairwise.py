@@ -3,8 +3,8 @@
     python bench/pairwise.py models='{"SFT": "out/sft-{seed}/latest", "RL": "out/rl-{seed}/latest"}'
 
 Each model of each seed answers the held-out prompts, `samples` times at temperature 1. At each
-prompt, seed and sample every two models play a game, which the higher gold score wins; and a second
-one by gold times the length reward, as a reader judges who asked for a length. Elo as evaluate.py has
+prompt, seed and sample every two models play a game, which the higher gold score wins; and another
+by gold times the length reward, as a reader judges who asked for a length. Elo as evaluate.py has
 it: Bradley-Terry, the first model at 1000, intervals of 95% over 1,000 resamplings of the prompts.
 """
 import os
@@ -35,7 +35,6 @@ CONFIG = dict(
     picture="out/pairwise/pairwise.png",
     title="The toy's models, pairwise",
 )
-MEASURES = "gold", "length", "gold x length"
 
 
 def answer(folder, out, seed, config):
@@ -43,7 +42,8 @@ def answer(folder, out, seed, config):
     keys = [f"model={folder}", f"prompts={config['prompts']}", f"out={out}", f"seed={seed}",
             f"num_samples={config['samples']}", "temperature=1", "top_p=1"]
     done = subprocess.run([sys.executable, str(HERE.parent / "sample.py"), *keys],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True)
     if done.returncode:
         sys.exit(f"{folder}: {done.stderr[-2000:]}")
     return sorted(read_done(Path(out) / "responses.jsonl"),
@@ -51,14 +51,13 @@ def answer(folder, out, seed, config):
 
 
 def measure(row, topics):
-    """By MEASURES."""
-    gold = grammar.gold_score(row["response"], topics[row["index"]])
-    length = rule_rewards(row["completion"], row["length"])["length"]
-    return gold, length, gold * length
+    """(gold score, length reward) of an answer."""
+    return (grammar.gold_score(row["response"], topics[row["index"]]),
+            rule_rewards(row["completion"], row["length"])["length"])
 
 
 def draw(found, names, config):
-    """found: {measure: {model: {"mean", "low", "high"}}}, of Elo for those that games are played by."""
+    """found: {title: {model: {"mean", "low", "high"}}}."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -66,7 +65,7 @@ def draw(found, names, config):
     for axis, (title, models) in zip(axes, found.items()):
         for place, name in enumerate(names):
             told = models[name]
-            axis.plot([told["low"], told["high"]], [place, place], color="C0", alpha=0.5, linewidth=4)
+            axis.plot([told["low"], told["high"]], [place, place], "C0", alpha=0.5, linewidth=4)
             axis.plot(told["mean"], place, "o", color="C0")
         axis.set_title(title, fontsize=10)
         axis.set_yticks(range(len(names)), names)
@@ -91,7 +90,7 @@ def main(argv):
                 for name in names for seed in seeds]
         answers = [job.result() for job in tqdm(jobs, unit="model")]
     measured = np.array([[measure(row, topics) for row in rows] for rows in answers]).reshape(
-        len(names), len(seeds), -1, config["samples"], len(MEASURES))
+        len(names), len(seeds), -1, config["samples"], 2)  # of the two measures
 
     def elo(values):
         """By games on values (M models, seeds, P prompts, samples)."""
@@ -107,8 +106,8 @@ def main(argv):
         return {name: {"mean": found.mean(), "low": found.min(), "high": found.max()}
                 for name, found in zip(names, by_seed)}
 
-    gold, length, both = np.moveaxis(measured, -1, 0)
-    found = {"Elo by gold": elo(gold), "Elo by gold x length": elo(both),
+    gold, length = np.moveaxis(measured, -1, 0)
+    found = {"Elo by gold": elo(gold), "Elo by gold x length": elo(gold * length),
              "gold score": mean(gold), "length reward": mean(length)}
     draw(found, names, config)
     print(f"commit {find_commit()}, {len(seeds)} seeds, {gold[0].size} answers a model: Elo (95% "

@@ -2,8 +2,8 @@
 # GRPO on Qwen2.5-7B, completions of up to 14,000 tokens, one node of 8 GPUs. Written, and not yet
 # run on GPUs.
 #
-# in:  out/prompts/, by runs/prompts.sh; out/reward-7b/latest, by reward.py as runs/reward_model_32b.sh
-#      tells
+# in:  out/prompts/, by runs/prompts.sh; out/reward-7b/latest, by reward.py as
+#      runs/reward_model_32b.sh tells
 # out: out/grpo-7b/latest and best
 #
 # WORLD_SIZE=8 python grpo.py plan=true model=Qwen/Qwen2.5-7B reward_model=out/reward-7b/latest \

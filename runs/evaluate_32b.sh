@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The trained model on the three benchmarks, one node of 8 GPUs that share its weights. JUDGE is an
-# OpenAI-compatible endpoint that serves JUDGE_MODEL; sampling is WritingBench's. Add dry_run=true to
-# see calls and tokens first. Written, and not yet run on GPUs.
+# OpenAI-compatible endpoint that serves JUDGE_MODEL; sampling is WritingBench's. With dry_run=true
+# it only tells how many calls and tokens. Written, and not yet run on GPUs.
 #
-# in:  out/longwriter-zero-32b/best; data/writingbench.jsonl with its subset of length and the _C file
-#      beside it, data/arena_write.jsonl, data/longbench_write.jsonl
+# in:  out/longwriter-zero-32b/best; data/writingbench.jsonl with its subset of length and the _C
+#      file beside it, data/arena_write.jsonl, data/longbench_write.jsonl
 # out: out/evaluate/*/results.json, report.html
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -10,5 +10,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python runs/annotate.py data='["data/wildchat/*.parquet", "data/lmsys/*.parquet"]' \
-    benchmarks='["data/writingbench.jsonl", "data/longbench_write.jsonl", "data/arena_write.jsonl"]' \
+    benchmarks='["data/writingbench.jsonl", "data/longbench_write.jsonl",
+                 "data/arena_write.jsonl"]' \
     judge="${JUDGE:-}" judge_model="${JUDGE_MODEL:-}" held_out=64 out=out/prompts

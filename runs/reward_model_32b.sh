@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The writing reward model, by Bradley-Terry on pairs of whole texts: 64 pairs a step of up to 16k
 # tokens a text. 8 nodes of 8 GPUs: run this on each node, with HEAD the name of the first. Written,
-# and not yet run on GPUs. The paper's is a Qwen2.5-72B; the data, rate and length of its training are
-# unknown: 1,000 steps at 2e-6 are our choice.
+# and not yet run on GPUs. The paper's is a Qwen2.5-72B; the data, rate and length of its training
+# are unknown: 1,000 steps at 2e-6 are our choice.
 #
 # in:  data/pairs.jsonl, data/held_out_pairs.jsonl: rows {"prompt", "chosen", "rejected"}
-# out: out/reward-32b/latest. For 7B, on one node: torchrun --nproc_per_node 8 reward.py
-#      model=Qwen/Qwen2.5-7B out=out/reward-7b and the keys below; for 1.5B on one GPU python reward.py
+# out: out/reward-32b/latest. For 7B on one node: torchrun --nproc_per_node 8 reward.py
+#      model=Qwen/Qwen2.5-7B out=out/reward-7b and the keys below; for 1.5B on one GPU: python
 #
 # WORLD_SIZE=64 python reward.py plan=true model=Qwen/Qwen2.5-32B batch_pairs=64 max_len=16384 \
 #     micro_tokens=32768 steps=1000 recompute=all     (computed, at this commit; not measured)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which reward is gamed when it is alone, and what holds together: the paper's ablation of rewards on
-# the embedded toy. The gold score beside the proxies is computed from the toy's grammar, and no run
-# is trained on it. Four one-thread processes at a time; three seeds.
+# Which reward is gamed when it is alone, and what holds together: the paper's ablation of rewards,
+# on the embedded toy. The gold score beside the proxies is computed from the toy's grammar, and no
+# run is trained on it. Four one-thread processes at a time; three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python bench/arms.py picture=out/toy_rewards.png \

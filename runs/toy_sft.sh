@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # Fine-tuning on the grammar's own texts against reinforcement learning, from the base and from the
-# base after continual pretraining: the paper's comparison, on the embedded toy, pairwise by the gold
-# score. Fine-tuning sees as many texts as GRPO does (four epochs of 960 against 60 steps of 64).
+# base after continual pretraining: the paper's comparison, on the embedded toy, pairwise by the
+# gold score; and fine-tuning on texts with faults, since no real teacher is the judge's own source.
+# Fine-tuning sees as many texts as GRPO: four epochs of 960, 60 steps of 64. Three seeds; GRPO's
+# runs are those of runs/toy_pretrain.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash runs/toy_pretrain.sh "$@"
+KEYS="cache=out/tokens steps=120 batch_rows=8 seq_len=1024 lr=3e-4"
+tune() { OMP_NUM_THREADS=1 python pretrain.py model=$1 data=out/toy-rows/$2.jsonl out=$3 $KEYS; }
 for seed in 0 1 2; do
-    for base in toy/policy out/toy-pretrain/latest; do
-        name=${base%/latest}
-        OMP_NUM_THREADS=1 python pretrain.py model=$base data=out/toy-rows/sft.jsonl cache=out/tokens \
-            out=out/toy-sft/${name##*/}-$seed seed=$seed steps=120 batch_rows=8 seq_len=1024 lr=3e-4
-    done
+    KEYS="$KEYS seed=$seed"
+    tune toy/policy sft out/toy-sft/base-$seed & base=$!
+    tune toy/policy flawed out/toy-sft/flawed-$seed & flawed=$!
+    tune out/toy-pretrain/latest sft out/toy-sft/continued-$seed & continued=$!
+    wait $base; wait $flawed; wait $continued
 done
 python bench/pairwise.py picture=out/toy_sft.png \
     title="The toy: fine-tuning and reinforcement learning, pairwise" \
-    models='{"SFT": "out/toy-sft/policy-{seed}/latest", "RL": "out/arms/default-{seed}/latest",
-             "continued, SFT": "out/toy-sft/toy-pretrain-{seed}/latest",
+    models='{"SFT": "out/toy-sft/base-{seed}/latest", "RL": "out/arms/default-{seed}/latest",
+             "SFT, flawed texts": "out/toy-sft/flawed-{seed}/latest",
+             "continued, SFT": "out/toy-sft/continued-{seed}/latest",
              "continued, RL": "out/arms/model-out-toy-pretrain-latest-{seed}/latest"}'

@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
-# Thinking against writing at once, on requests where a plan should help: to cover two to four listed
-# points in order, each in as many sentences as the others. One base model that has seen such texts
-# with a plan and without, equally often and equally bad; a reward model that reads the outline; three
-# seeds. The paper's ablation of thinking, on the embedded toy.
+# Thinking against writing at once, the paper's ablation, on the embedded toy. The requests list two
+# or three topics, to be covered in their order with as much room for each: a plan should help. The
+# base has seen such texts with a plan and without, equally often and equally bad; the reward model
+# reads which topic is due. Three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROWS=out/toy-rows OUT=out/toy-think
+KEYS="cache=out/tokens beta2=0.99 weight_decay=0.01 batch_rows=16 micro_rows=16"
 python toy/rows.py out="$ROWS"
-python pretrain.py model=toy/policy data="$ROWS/outline/text.jsonl" cache=out/tokens out="$OUT/base" \
-    steps=300 batch_rows=16 micro_rows=16 lr=1e-3 warmup=20 beta2=0.99 weight_decay=0.01
-python reward.py model=toy/reward pairs="$ROWS/outline/pairs.jsonl" \
-    val_pairs="$ROWS/outline/held_out_pairs.jsonl" out="$OUT/reward" \
-    steps=300 batch_pairs=48 lr=1e-3 beta2=0.99 weight_decay=0.01
+export OMP_NUM_THREADS=2
+python reward.py model=toy/reward pairs="$ROWS/outline/pairs.jsonl" out="$OUT/reward" \
+    val_pairs="$ROWS/outline/held_out_pairs.jsonl" steps=200 lr=1e-3 beta2=0.99 weight_decay=0.01 &
+reward=$!
+python pretrain.py model=toy/policy data="$ROWS/outline/clean.jsonl" out="$OUT/clean" \
+    steps=400 lr=2e-3 warmup=20 $KEYS
+python pretrain.py model="$OUT/clean/latest" data="$ROWS/outline/mixed.jsonl" out="$OUT/base" \
+    steps=100 lr=1e-3 $KEYS
+wait $reward
 python bench/arms.py picture=out/toy_think.png prompts="$ROWS/outline/held_out.jsonl" \
     title="The toy: a plan before the text, and none" \
-    options="[\"eval_every=15\", \"model=$OUT/base/latest\", \"reward_model=$OUT/reward/latest\",
-              \"prompts=$ROWS/outline/prompts.jsonl\"]" \
+    options="[\"eval_every=15\", \"model=$OUT/base/latest\", \"prompts=$ROWS/outline/prompts.jsonl\",
+              \"reward_model=$OUT/reward/latest\"]" \
     arms='{"think": ["template=think"], "direct": ["template=direct"]}' "$@"
