@@ -37,6 +37,7 @@ CONFIG = dict(
     out="out/arms",
     picture="out/arms/arms.png",
     title="The toy: each reward alone, and all three",
+    caption="",                  # what the paper has in its place
 )
 FIGURES = {"eval/length": "length reward", "eval/format": "format reward",
            "eval/writing": "writing reward (the proxy)", "gold": "gold score (never trained on)",
@@ -109,6 +110,7 @@ def draw(found, figures, config):
         axis.set_xlabel("step", fontsize=8)
     figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
                     fontsize=11)
+    figure.supxlabel(config["caption"], fontsize=9)
     figure.tight_layout()
     figure.savefig(config["picture"], dpi=100)
 

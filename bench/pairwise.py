@@ -34,6 +34,7 @@ CONFIG = dict(
     out="out/pairwise",
     picture="out/pairwise/pairwise.png",
     title="The toy's models, pairwise",
+    caption="",             # what the paper has in its place
 )
 
 
@@ -74,6 +75,7 @@ def draw(found, names, config):
     axes[0].invert_yaxis()
     figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
                     fontsize=11)
+    figure.supxlabel(config["caption"], fontsize=9)
     figure.tight_layout()
     figure.savefig(config["picture"], dpi=100)
 

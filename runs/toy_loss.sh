@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python bench/arms.py picture=out/toy_loss.png \
     title="The toy: the loss averaged over a prompt's tokens, all tokens, or each sequence's" \
+    caption="The paper does not say over what it averages" \
     arms='{"prompt": [], "token": ["loss_mean=token"], "sequence": ["loss_mean=sequence"]}' "$@"

@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python bench/arms.py picture=out/toy_rewards.png \
     title="The toy: each reward alone, two, and three averaged or summed" \
+    caption="In the paper: the ablation of reward design; the three advantages are averaged" \
     arms='{"length": ["weights={\"length\": 1}"], "format": ["weights={\"format\": 1}"],
            "writing": ["weights={\"writing\": 1}"],
            "length and format": ["weights={\"length\": 1, \"format\": 1}"],

@@ -18,6 +18,7 @@ for seed in 0 1 2; do
 done
 python bench/pairwise.py picture=out/toy_sft.png \
     title="The toy: fine-tuning and reinforcement learning, pairwise" \
+    caption="In the paper, Arena-Write Elo: SFT 964, RL 1221; after continual pretraining 971, 1447" \
     models='{"SFT": "out/toy-sft/base-{seed}/latest", "RL": "out/arms/default-{seed}/latest",
              "SFT, flawed texts": "out/toy-sft/flawed-{seed}/latest",
              "continued, SFT": "out/toy-sft/continued-{seed}/latest",

@@ -6,8 +6,8 @@ long.jsonl, thoughts.jsonl: documents of 200 to 400 words to pretrain on, and re
 plan and text. sft.jsonl, flawed.jsonl: the same of the toy's lengths, to fine-tune on; flawed texts
 have faults. outline/: requests that list two or three topics, to be covered in this order, each
 with as much room as the others: completions to pretrain on, with a plan and without, first clean
-ones, then mixed ones, of which one in four follows the outline; pairs for a reward model; prompts
-to train on, and held-out ones.
+ones, then mixed ones, of which half follow the outline; pairs for a reward model; prompts to train
+on, and held-out ones.
 """
 import math
 import random
@@ -108,10 +108,10 @@ def outline_prompt(topics, counts, number, rng):
 
 def outline_completion(topics, counts, rng, template, is_clean):
     """{"prompt", "completion"}, as make.py's completion_row: a clean one follows the outline and
-    keeps to the length; of the others one in four does, and any may have faults."""
+    keeps to the length; of the others half do, and any may have faults."""
     outline, words = draw_outline(topics, counts, rng)
     prompt, covered, written = outline_request(outline, words, rng), outline, words
-    is_planned = is_clean or rng.random() < 0.25
+    is_planned = is_clean or rng.random() < 0.5
     if not is_planned:
         written = rng.choice(counts)
         covered = rng.sample(outline, rng.randint(1, len(outline)))
