@@ -47,13 +47,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
-sys.path.insert(0, str(Path(__file__).parent / "runs"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("runs", "toy")]
 
 import annotate
+import grammar
 import grpo
 import model as network
 import pretrain
 import reward
+import rows as toy_rows
 import sample
 from model import (ChunkedLogProbs, InputError, Span, copy_weights, full_parameters, load_model,
                    load_tokenizer, parse_config, save_folder)
@@ -3066,7 +3068,33 @@ def test_every_key_is_read(module):
         assert uses or key == "resume", key
 
 
+def test_recipes_name_keys_that_are_there():
+    """A recipe that was right when it was written: 64 GPUs start, and end at a renamed key."""
+    scripts = {m.__name__: m for m in (annotate, evaluate, grpo, pretrain, reward, sample)}
+    named = 0
+    for path in (TOY.parent / "runs").glob("*.sh"):
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            for name, rest in re.findall(r"(\w+)\.py ((?!.*\.py ).*)", line):
+                keys = re.findall(r"(?<![\w{\"])(\w+)=", re.sub(r"'[^']*'", "", rest))
+                if name in scripts:
+                    assert set(keys) <= set(scripts[name].CONFIG), (path, keys)
+                    named += len(keys)
+    assert named > 100
+
+
 # ---------------------------------------------------------------- the toy
+
+def test_an_outline_is_followed_in_its_order():
+    """An outline score that a text on one topic, or in another order, gets as well."""
+    rng, topics, counts = random.Random(0), *(split[1] for split in (
+        grammar.split_topics(), grammar.split_counts()))
+    for _ in range(20):
+        outline, words = toy_rows.draw_outline(topics, counts, rng)
+        plans = toy_rows.write_plans(outline, toy_rows.equal_shares(words, len(outline)), rng)
+        text = toy_rows.write_sections(outline, plans, words, rng)
+        assert toy_rows.follows(text, outline) == 1 and abs(count_words(text) - words) <= 3
+        assert toy_rows.follows(text, outline[::-1]) < 0.5 and not toy_rows.follows("", outline)
+
 
 def test_the_toy_is_small_opens_in_transformers_and_holds_out_what_it_says():
     """A held-out table that shows memory instead of skill, or ranges wider than promised; models

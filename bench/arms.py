@@ -2,11 +2,12 @@
 
     python bench/arms.py arms='{"length": ["weights={\"length\": 1}"], "all": []}' picture=arms.png
 
-An arm is a list of keys for grpo.py. Runs are processes of one thread, `parallel` at a time, in
-out/KEYS-SEED: what is finished is not run again, nor what arms of several experiments share. Prints
-a markdown table of the last evaluation, and draws each figure over the steps: the mean over seeds,
-and a band from the least to the most. A run that grpo.py's alarm stops (a solved reward teaches
-nothing more) keeps its last figures.
+An arm is a list of keys for grpo.py; options=["model=FOLDER", "prompts=FILE"] and prompts=HELD_OUT
+run it on another model and other prompts, without a gold score. Runs are processes of one thread,
+`parallel` at a time, in out/KEYS-SEED: what is finished is not run again, nor what arms of several
+experiments share. Prints a markdown table of the last evaluation, and draws each figure over the
+steps: the mean over seeds, and a band from the least to the most. A run that grpo.py's alarm stops
+(a solved reward teaches nothing more) keeps its last figures.
 """
 import os
 import re
@@ -68,9 +69,9 @@ def run_arm(run, keys):
 
 def true_scores(text, prompt):
     """What no training sees: the grammar's gold score and, where the prompt lists topics, how far
-    the text keeps to their order."""
+    the text keeps to their order; nothing on prompts that are not the toy's."""
     if "topics" not in prompt:
-        return {"gold": grammar.gold_score(text, prompt["topic"])}
+        return {"gold": grammar.gold_score(text, prompt["topic"])} if "topic" in prompt else {}
     outline = follows(text, prompt["topics"])
     parts = grammar.gold_parts(text, prompt["topics"][0]) | {"on_topic": outline}
     return {"gold": sum(parts.values()) / len(parts), "outline": outline}
@@ -97,6 +98,8 @@ def draw(found, figures, config):
     figure, axes = plt.subplots(2, 3, figsize=(11, 6))
     steps = max((sorted(run) for runs in found.values() for run in runs), key=len)
     at = lambda run, step: run[max(known for known in run if known <= step)]
+    for axis in axes.flat[len(figures):]:
+        axis.axis("off")
     for axis, (key, name) in zip(axes.flat, figures.items()):
         for arm, runs in found.items():
             values = np.array([[at(run, step)[key] for step in steps] for run in runs])
@@ -108,10 +111,15 @@ def draw(found, figures, config):
     axes[0, 0].legend(fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
+    save_picture(figure, config)
+
+
+def save_picture(figure, config):
     figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
                     fontsize=11)
     figure.supxlabel(config["caption"], fontsize=9)
     figure.tight_layout()
+    Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config["picture"], dpi=100)
 
 
@@ -121,7 +129,6 @@ def main(argv):
     prompts = {row["id"]: row for row in load_rows(config["prompts"], lambda row, n: row)}
     runs = {(arm, seed): f"{config['out']}/{name_keys(keys)}-{seed}"
             for arm, keys in config["arms"].items() for seed in config["seeds"]}
-    Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(config["parallel"]) as pool:
         jobs = [pool.submit(run_arm, run, [f"seed={seed}", f"steps={config['steps']}",
                                            f"eval_prompts={config['prompts']}",

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "toy")]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "toy")]
 
 import numpy as np
 from tqdm import tqdm
 
 import grammar
+from arms import save_picture
 from evaluate import arena_scores
 from model import find_commit, parse_config, script
 from reward import rule_rewards
@@ -73,11 +74,7 @@ def draw(found, names, config):
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
-                    fontsize=11)
-    figure.supxlabel(config["caption"], fontsize=9)
-    figure.tight_layout()
-    figure.savefig(config["picture"], dpi=100)
+    save_picture(figure, config)
 
 
 @script
@@ -85,7 +82,6 @@ def main(argv):
     config = parse_config(CONFIG, argv, dict(samples=1, parallel=1))
     topics = {row["id"]: row["topic"] for row in load_rows(config["prompts"], lambda row, n: row)}
     names, seeds = list(config["models"]), config["seeds"]
-    Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(config["parallel"]) as pool:
         jobs = [pool.submit(answer, config["models"][name].replace("{seed}", str(seed)),
                             f"{config['out']}/{name.replace(' ', '-')}-{seed}", seed, config)
