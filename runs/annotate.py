@@ -328,6 +328,9 @@ def main(argv):
     else:
         rows = stated_lengths(rows, dropped)
     rows = list(within_limits(rows, config["min_words"], dropped))
+    if config["held_out"] and config["held_out"] >= len(rows):
+        raise InputError(f"held_out={config['held_out']}: expected fewer than the {len(rows)} "
+                         f"prompts that are kept of {config['data']}")
     # by the prompts alone, so that the same are held out whatever else there is
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(row["prompt"].encode()).digest())
     held = {row["id"] for row in by_hash[:config["held_out"]]}
