@@ -1034,11 +1034,14 @@ def print_components(config):
     rows = load_rows(config["responses"], response_row)
     known = {row["id"]: row for row in load_prompts(config["prompts"])} if config["prompts"] else {}
     prompts = [known.get(row["index"], row).get("prompt") or "" for row in rows]
-    path, writing = Path(config["out"]) / "page.html", None
+    path, writing, ranks = Path(config["out"]) / "page.html", None, setup()
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
-        writing = open_writing(config["model"], setup(), config["judge_model"],
+        writing = open_writing(config["model"], ranks, config["judge_model"],
                                path.with_name("judge.jsonl"), config["concurrency"])
-    scored = score_responses(rows, prompts, known, writing, config)
+    mine = slice(*(len(rows) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1)))
+    scored = ranks.gather(score_responses(rows[mine], prompts[mine], known, writing, config))
+    if ranks.rank:
+        return
     values = [[float(rewards[key]) for key in COLUMNS] for rewards in scored]
     means = torch.tensor(values).nanmean(0).tolist()
     print(f"{'index':<12}" + "".join(f"{key:>12}" for key in COLUMNS))
