@@ -95,7 +95,7 @@ def draw(found, figures, config):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6))
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     steps = max((sorted(run) for runs in found.values() for run in runs), key=len)
     at = lambda run, step: run[max(known for known in run if known <= step)]
     for axis in axes.flat[len(figures):]:
@@ -108,17 +108,16 @@ def draw(found, figures, config):
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(found), fontsize=9, frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=8)
     save_picture(figure, config)
 
 
 def save_picture(figure, config):
-    figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})",
-                    fontsize=11)
-    figure.supxlabel(config["caption"], fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(f"{config['title']} ({len(config['seeds'])} seeds, commit {find_commit()})\n"
+                    f"{config['caption']}", fontsize=11)
     Path(config["picture"]).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config["picture"], dpi=100)
 

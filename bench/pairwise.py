@@ -63,7 +63,8 @@ def draw(found, names, config):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(found), figsize=(11, 1.6 + 0.35 * len(names)), sharey=True)
+    figure, axes = plt.subplots(1, len(found), figsize=(11, 1.6 + 0.35 * len(names)), sharey=True,
+                                layout="constrained")
     for axis, (title, models) in zip(axes, found.items()):
         for place, name in enumerate(names):
             told = models[name]
