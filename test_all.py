@@ -366,8 +366,7 @@ def test_the_plan_is_the_peak(length, recompute, tmp_path, monkeypatch):
     assert 0.8 < peak / planned < 1
 
 
-@pytest.mark.parametrize("recompute", ["none", "all_but_attention"])
-def test_blocks_compile_once_for_all(recompute, tmp_path, monkeypatch):
+def test_blocks_compile_once_for_all(tmp_path, monkeypatch):
     """An hour of compiling for 64 blocks, or for each pack of other lengths; names of parameters
     that no checkpoint has."""
     make_model(tmp_path, num_hidden_layers=4)
@@ -375,7 +374,7 @@ def test_blocks_compile_once_for_all(recompute, tmp_path, monkeypatch):
     backend = CompileCounterWithBackend("aot_eager")  # the graphs of torch.compile, not its code
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = load_model(tmp_path, "cpu")
-    ours = load_model(tmp_path, "cpu", recompute=recompute, compile=True)
+    ours = load_model(tmp_path, "cpu", recompute="all_but_attention", compile=True)
     assert [*dict(ours.named_parameters())] == [*dict(plain.named_parameters())]
     for lengths in ([5, 1, 30], [9, 4, 50], [2, 3, 60]):
         for model in (plain, ours):
@@ -1707,7 +1706,39 @@ def train_on_ranks(ranks, tmp_path, policy, arguments):
     train_tokens(tmp_path, policy, *arguments)
 
 
-def test_a_run_goes_on_from_what_latest_names(policy, tmp_path, capsys):
+CRASH_ONCE = """
+import model, os, signal, sys, pretrain
+model.PeerWatch.pause, model.PeerWatch.grace = 0.2, 1
+honest, honest_setup = pretrain.next_token_loss, pretrain.setup
+def setup():
+    ranks = honest_setup()
+    assert ranks.store.add(f"starts/{ranks.rank}", 1) == 1
+    return ranks
+def spoiled(model, data, numbers, *rest):
+    if numbers[0] == 8 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(model, data, numbers, *rest)
+pretrain.next_token_loss, pretrain.setup = spoiled, setup
+pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def crashed_run(policy, tmp_path_factory):
+    """(folder, process) of a torchrun of two ranks, one of which is killed once; they run while
+    other tests run."""
+    folder = tmp_path_factory.mktemp("crashed")
+    (folder / "crash.py").write_text(CRASH_ONCE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+         "--max-restarts", "1", folder / "crash.py", *token_arguments(folder, policy),
+         f"out={folder / 'run'}", "steps=6", "save_every=2"], stderr=subprocess.DEVNULL,
+        env=os.environ | dict(PYTHONPATH=str(TOY.parent), CUDA_VISIBLE_DEVICES=""))
+    yield folder, process
+    process.kill()
+
+
+def test_a_run_goes_on_from_what_latest_names(crashed_run, late_run, policy, tmp_path, capsys):
     """A checkpoint of another history taken for the one that is due; a run that starts anew, and
     prunes what there is, because a link leads nowhere."""
     arguments, run = [f"out={tmp_path / 'run'}", "save_every=2", "keep=9"], tmp_path / "run"
@@ -1851,33 +1882,13 @@ def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
     assert not read_log(tmp_path / "run")
 
 
-CRASH_ONCE = """
-import model, os, signal, sys, pretrain
-model.PeerWatch.pause, model.PeerWatch.grace = 0.2, 1
-honest, honest_setup = pretrain.next_token_loss, pretrain.setup
-def setup():
-    ranks = honest_setup()
-    assert ranks.store.add(f"starts/{ranks.rank}", 1) == 1
-    return ranks
-def spoiled(model, data, numbers, *rest):
-    if numbers[0] == 8 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(model, data, numbers, *rest)
-pretrain.next_token_loss, pretrain.setup = spoiled, setup
-pretrain.main(sys.argv[1:])
-"""
-
-
-def test_torchrun_starts_a_crashed_run_again(policy, tmp_path):
+def test_torchrun_starts_a_crashed_run_again(crashed_run, policy, tmp_path):
     """Ranks of the second start that meet at what the first has left in the store."""
     train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
-    (tmp_path / "crash.py").write_text(CRASH_ONCE)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                    "--max-restarts", "1", tmp_path / "crash.py",
-                    *token_arguments(tmp_path, policy), f"out={tmp_path / 'run'}", "steps=6",
-                    "save_every=2"], check=True, timeout=60,
-                   env=os.environ | dict(PYTHONPATH=str(TOY.parent), CUDA_VISIBLE_DEVICES=""))
-    losses = [[row["loss"] for row in read_log(tmp_path / out)] for out in ("whole", "run")]
+    folder, process = crashed_run
+    assert process.wait(60) == 0
+    losses = [[row["loss"] for row in read_log(run)]
+              for run in (tmp_path / "whole", folder / "run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
 
 
