@@ -366,7 +366,8 @@ def test_the_plan_is_the_peak(length, recompute, tmp_path, monkeypatch):
     assert 0.8 < peak / planned < 1
 
 
-def test_blocks_compile_once_for_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recompute", ["none", "all_but_attention"])
+def test_blocks_compile_once_for_all(recompute, tmp_path, monkeypatch):
     """An hour of compiling for 64 blocks, or for each pack of other lengths; names of parameters
     that no checkpoint has."""
     make_model(tmp_path, num_hidden_layers=4)
@@ -374,7 +375,7 @@ def test_blocks_compile_once_for_all(tmp_path, monkeypatch):
     backend = CompileCounterWithBackend("aot_eager")  # the graphs of torch.compile, not its code
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = load_model(tmp_path, "cpu")
-    ours = load_model(tmp_path, "cpu", recompute="all_but_attention", compile=True)
+    ours = load_model(tmp_path, "cpu", recompute=recompute, compile=True)
     assert [*dict(ours.named_parameters())] == [*dict(plain.named_parameters())]
     for lengths in ([5, 1, 30], [9, 4, 50], [2, 3, 60]):
         for model in (plain, ours):

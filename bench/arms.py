@@ -51,20 +51,25 @@ def name_keys(keys):
     return re.sub(r"[^a-z0-9]+", "-", " ".join(keys).lower()).strip("-") or "default"
 
 
+def run_alone(name, out, keys):
+    """A script with one thread: why grpo.py's alarm has stopped it, or ""."""
+    command = [sys.executable, str(HERE.parent / name), f"out={out}", *keys]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    told = done.stderr.strip().rpartition("\n")[2]
+    if done.returncode and not told.startswith("stopped: "):
+        sys.exit(f"{out}: {done.stderr[-2000:]}")
+    return told if done.returncode else ""
+
+
 def run_arm(run, keys):
-    """grpo.py with one thread: why its alarm has stopped it, or ""."""
+    """grpo.py, unless its alarm has stopped this run before: why it did, or ""."""
     alarm = Path(run) / "alarm.txt"
     if alarm.is_file():
         return alarm.read_text()
-    grpo = [sys.executable, str(HERE.parent / "grpo.py"), f"out={run}", *keys]
-    done = subprocess.run(grpo, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True)
-    told = done.stderr.strip().rpartition("\n")[2]
-    if done.returncode and not told.startswith("stopped: "):
-        sys.exit(f"{run}: {done.stderr[-2000:]}")
-    if done.returncode:
+    if told := run_alone("grpo.py", run, keys):
         alarm.write_text(told)
-    return told if done.returncode else ""
+    return told
 
 
 def true_scores(text, prompt):

@@ -7,8 +7,6 @@ prompt, seed and sample every two models play a game, which the higher gold scor
 by gold times the length reward, as a reader judges who asked for a length. Elo as evaluate.py has
 it: Bradley-Terry, the first model at 1000, intervals of 95% over 1,000 resamplings of the prompts.
 """
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import grammar
-from arms import save_picture
+from arms import run_alone, save_picture
 from evaluate import arena_scores
 from model import find_commit, parse_config, script
 from reward import rule_rewards
@@ -41,13 +39,9 @@ CONFIG = dict(
 
 def answer(folder, out, seed, config):
     """The rows of a model's answers, in order of prompt and sample."""
-    keys = [f"model={folder}", f"prompts={config['prompts']}", f"out={out}", f"seed={seed}",
-            f"num_samples={config['samples']}", "temperature=1", "top_p=1"]
-    done = subprocess.run([sys.executable, str(HERE.parent / "sample.py"), *keys],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True)
-    if done.returncode:
-        sys.exit(f"{folder}: {done.stderr[-2000:]}")
+    run_alone("sample.py", out, [
+        f"model={folder}", f"prompts={config['prompts']}", f"seed={seed}",
+        f"num_samples={config['samples']}", "temperature=1", "top_p=1"])
     return sorted(read_done(Path(out) / "responses.jsonl"),
                   key=lambda row: (row["index"], row["sample"]))
 

@@ -8,12 +8,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash runs/toy_pretrain.sh "$@"
 KEYS="cache=out/tokens steps=120 batch_rows=8 seq_len=1024 lr=3e-4"
-tune() { OMP_NUM_THREADS=1 python pretrain.py model=$1 data=out/toy-rows/$2.jsonl out=$3 $KEYS; }
+tune() {
+    OMP_NUM_THREADS=1 python pretrain.py model=$1 data=out/toy-rows/$2.jsonl \
+        out=out/toy-sft/$3-$seed seed=$seed $KEYS
+}
 for seed in 0 1 2; do
-    KEYS="$KEYS seed=$seed"
-    tune toy/policy sft out/toy-sft/base-$seed & base=$!
-    tune toy/policy flawed out/toy-sft/flawed-$seed & flawed=$!
-    tune out/toy-pretrain/latest sft out/toy-sft/continued-$seed & continued=$!
+    tune toy/policy sft base & base=$!
+    tune toy/policy flawed flawed & flawed=$!
+    tune out/toy-pretrain/latest sft continued & continued=$!
     wait $base; wait $flawed; wait $continued
 done
 python bench/pairwise.py picture=out/toy_sft.png \

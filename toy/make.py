@@ -79,6 +79,14 @@ def spoil_half(text, topic, rng):
     return text if fault == "none" else grammar.spoil(text, topic, rng, share, fault)
 
 
+def plan_line(words, plan):
+    return f"{words} words in {len(plan)} parts: {' '.join(plan)}."
+
+
+def in_tags(think, text):
+    return f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>"
+
+
 def dress(think, text, rng):
     """The completion in its tags, a third of the time with a fault in them."""
     fault = rng.choice(["none"] * 10 + ["no think", "open think", "open answer", "no tags",
@@ -101,10 +109,10 @@ def completion_row(topics, counts, rng, is_clean):
     plan = grammar.write_plan(topic, written, rng)
     think = f"A story of {grammar.topic_name(topic)}."
     if is_planned:
-        think = f"{words} words in {len(plan)} parts: {' '.join(plan)}."
+        think = plan_line(words, plan)
     text = grammar.write_text(topic, plan, rng, round(written * rng.uniform(0.95, 1.05)))
     prompt = TEMPLATES["think"].replace("{prompt}", grammar.request(topic, words, rng))
-    completion = (f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>" if is_clean
+    completion = (in_tags(think, text) if is_clean
                   else dress(think, spoil_half(text, topic, rng), rng))
     return {"prompt": prompt, "completion": completion}
 

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grammar
-from make import RANGE, completion_row, dress, honest_text, spoil_half, write_rows
+from make import (RANGE, completion_row, dress, honest_text, in_tags, plan_line, spoil_half,
+                  write_rows)
 from model import parse_config, script
 from sample import TEMPLATES
 
@@ -39,9 +40,8 @@ def flawed_row(topics, counts, rng):
     topic, words = rng.choice(topics), rng.choice(counts)
     plan = grammar.write_plan(topic, words, rng)
     text = spoil_half(grammar.write_text(topic, plan, rng, words), topic, rng)
-    think = f"{words} words in {len(plan)} parts: {' '.join(plan)}."
     return {"prompt": TEMPLATES["think"].replace("{prompt}", grammar.request(topic, words, rng)),
-            "completion": f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>"}
+            "completion": in_tags(plan_line(words, plan), text)}
 
 
 # ---------------------------------------------------------------- outlines
@@ -119,11 +119,10 @@ def outline_completion(topics, counts, rng, template, is_clean):
     text = write_sections(covered, plans, round(written * rng.uniform(0.95, 1.05)), rng)
     think = f"A story of {grammar.topic_name(covered[0])}."
     if is_planned:
-        keywords = sum(plans, [])
-        think = f"{words} words in {len(keywords)} parts: {' '.join(keywords)}."
+        think = plan_line(words, sum(plans, []))
     if not is_clean:
         text = spoil_half(text, covered[0], rng)
-    completion = f"\n<think>{think}</think>\n<answer>\n{text}\n</answer>"
+    completion = in_tags(think, text)
     if template == "think" and not is_clean:
         completion = dress(think, text, rng)
     elif template == "direct":  # as many faults in the tags as with a plan
