@@ -75,6 +75,7 @@ CONFIG = dict(
     micro_tokens=8192,             # tokens a forward pass, on each rank
     slots=64,                      # sequences that decode together; 0: as many as a GPU holds
     sample_tp=1,                   # ranks that share one copy of the sampling weights
+    compile_decode=False,          # decode steps by torch.compile: a minute at first, then faster
     **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
 )
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
@@ -518,7 +519,8 @@ class Trainer:
         self.bring_weights()
         completions = roll_out(self.sampler, prompts, rows, self.stops, self.ranks, self.run,
                                self.bar, num_samples, self.slots, seed=config["seed"],
-                               max_tokens=config["max_tokens"], step=step, **sampling)
+                               max_tokens=config["max_tokens"], step=step,
+                               compile_decode=config["compile_decode"], **sampling)
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache's memory is training's now
         return completions and (completions, score(

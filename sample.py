@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
 from model import (SHARE_SECONDS, WHOLE, InputError, has_decode_kernel, head_size, join_share,
@@ -56,6 +57,7 @@ CONFIG = dict(
     top_p=0.95,
     top_k=0,              # 0 is off
     slots=64,             # sequences that decode together
+    compile_decode=False,  # decode steps by torch.compile: up to a minute at first, then faster
     sample_tp=1,          # ranks that share one copy of the model
     seed=0,
 )
@@ -400,19 +402,18 @@ def sample_among_ranks(share, logits, keys, positions, first, columns, **samplin
 
 class Cache:
     """Keys and values of up to `slots` running sequences, each of up to `cap` tokens:
-    (layers, slots, K, cap, D). `lengths` says what the slots hold."""
+    (slots, K, cap, D) for each layer. `lengths` says what the slots hold."""
 
     def __init__(self, model, slots, cap):
         config = split_config(model.config, model.share)
         weight = model.model.norm.weight
-        shape = (config["num_hidden_layers"], slots, config["num_key_value_heads"], cap,
-                 head_size(config))
-        self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-                          for _ in "kv")
+        shape = slots, config["num_key_value_heads"], cap, head_size(config)
+        self.k, self.v = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                           for _ in model.model.layers] for _ in "kv")
         self.lengths = torch.zeros(slots, dtype=torch.int32, device=weight.device)
         self.slots = torch.arange(slots, device=weight.device)
         self.cap = cap
-        self.needs_mask = not has_decode_kernel(self.k)
+        self.needs_mask = not has_decode_kernel(self.k[0])
         # what a kernel may reach changes with the longest sequence, but seldom on CUDA: few graphs
         self.grain = 16 if not weight.is_cuda else -(-cap // 8) if self.needs_mask else cap
 
@@ -424,8 +425,6 @@ class Cache:
         """The next ones add a token to each of the first slots, which hold less than reach."""
         self.at, self.rows = self.slots[:rows], rows
         self.reach = min(-(-reach // self.grain) * self.grain, self.cap)
-        self.views = [[x[:rows, :, :self.reach].transpose(1, 2) for x in kv]
-                      for kv in zip(self.k, self.v)]
 
     def begin(self, sequence, offsets):
         """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
@@ -434,30 +433,31 @@ class Cache:
         where no kernel reads that, the mask (S, 1, 1, reach) that leaves the others out."""
         slot = self.at[sequence]
         positions = self.lengths[slot].long() + offsets
-        K = self.k.shape[2]
+        K = self.k[0].shape[1]
         row = slot[:, None] * K + torch.arange(K, device=slot.device)
-        self.places = (row * self.cap + positions[:, None]).flatten()  # (N K,) of slots x K x cap
+        self.places = (row * self.cap + positions[:, None]).flatten()  # (N K,) of slots K cap
         if not self.rows:
             return positions, None, None
         lengths = self.lengths[:self.rows] + 1
         if not self.needs_mask:
             return positions, lengths, None
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
-        mask = torch.zeros(is_past.shape, dtype=self.k.dtype, device=lengths.device)
+        mask = torch.zeros(is_past.shape, dtype=self.k[0].dtype, device=lengths.device)
         return positions, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
 
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
-        for cached, new in ((self.k, k), (self.v, v)):
-            cached[layer].flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 1))
+        for cached, new in (self.k[layer], k), (self.v[layer], v):
+            cached.flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 1))
 
     def read(self, layer):
         """Keys and values (S, reach, K, D) of a decode step's slots."""
-        return self.views[layer]
+        return [cached[layer][:self.rows, :, :self.reach].transpose(1, 2)
+                for cached in (self.k, self.v)]
 
     def copy(self, source, target, length):
-        self.k[:, target, :, :length] = self.k[:, source, :, :length]
-        self.v[:, target, :, :length] = self.v[:, source, :, :length]
+        for cached in *self.k, *self.v:
+            cached[target, :, :length] = cached[source, :, :length]
 
 
 # ---------------------------------------------------------------- generate
@@ -474,14 +474,16 @@ class Engine:
     """The slots of one rank, or of the ranks that share a model: admits work into free ones,
     decodes all, collects what has ended."""
 
-    def __init__(self, model, prompts, stops, max_tokens, slots, seed, step, sampling):
+    def __init__(self, model, prompts, stops, max_tokens, slots, seed, step, compile_decode,
+                 sampling):
         device = model.model.norm.weight.device
         self.model, self.prompts, self.stops, self.sampling = model, prompts, stops, sampling
         self.identity, self.device = (seed, step), device
         self.limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         longest, most = max(map(len, prompts)), max(self.limits) + LOOK_EVERY
         self.slots = max(slots, MIN_ROWS)
-        self.cache = Cache(model, self.slots, -(-(longest + most) // 16) * 16)
+        # never quite full: a compiled step would be another for a full one
+        self.cache = Cache(model, self.slots, (longest + most) // 16 * 16 + 32)
         zeros = lambda *shape, dtype: torch.zeros(self.slots, *shape, dtype=dtype, device=device)
         self.token = zeros(dtype=torch.long)         # (R,) last token, not yet in the cache
         self.keys = zeros(2, dtype=torch.int32)      # (R, 2) of the noise
@@ -496,6 +498,10 @@ class Engine:
         self.counts = [0] * self.slots     # as count, known to the host without asking
         self.next_logits = {}              # of held prompts
         self.has_work = True
+        if compile_decode and model.share.size > 1:
+            raise InputError(f"compile_decode=true: expected sample_tp=1, found {model.share.size}")
+        if compile_decode:  # once for all engines and sizes
+            self.step = torch.compile(self.step, dynamic=True)
         self.graphs, self.pool = {}, None  # CUDA graphs of a decode step by its shape; their memory
         self.start, self.num_tokens, self.ended = time.perf_counter(), 0, Counter()
 
@@ -609,8 +615,9 @@ class Engine:
         R = self.num_rows(running[-1] + 1)
         self.cache.use_for_decode(R, max(map(self.length, running)) + num_steps)
         graph = self.step_graph(R) if self.device.type == "cuda" else None
-        for _ in range(num_steps):
-            graph.replay() if graph else self.step(R)
+        with shape_config.patch(use_duck_shape=False):  # sizes that are equal now may differ later
+            for _ in range(num_steps):
+                graph.replay() if graph else self.step(R)
         for slot in running:
             self.counts[slot] += num_steps
         self.num_tokens += num_steps * len(running)
@@ -687,16 +694,17 @@ class Engine:
 
 
 def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0, top_p=1.0,
-             top_k=0, seed=0, step=0, on_look=None):
+             top_k=0, seed=0, step=0, compile_decode=False, on_look=None):
     """Yield a Completion for each (prompt, sample) of work, as they end.
 
     prompts: lists of tokens; work: an iterable of (place in prompts, sample number), pulled as
     slots free up; max_tokens: of a completion, one number or one for each prompt. Noise is keyed
-    by (seed, step, prompt, sample). on_look(engine) is called every few tokens; if it returns
-    True, here or on a rank that shares the model, the rollout is abandoned. Raises
-    FloatingPointError when logits are not finite."""
+    by (seed, step, prompt, sample). compile_decode: decode steps by torch.compile, up to a minute
+    once in a process. on_look(engine) is called every few tokens; if it returns True, here or on a
+    rank that shares the model, the rollout is abandoned. Raises FloatingPointError when logits are
+    not finite."""
     sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    engine = Engine(model, prompts, stops, max_tokens, slots, seed, step, sampling)
+    engine = Engine(model, prompts, stops, max_tokens, slots, seed, step, compile_decode, sampling)
     work = iter(work)
     while True:
         engine.admit(work)
@@ -783,7 +791,8 @@ def answer_file(model, tokenizer, stops, config, ranks):
                             if ranks.rank == 0 else []))
     jobs = [(p, s) for p, row in enumerate(rows) for s in range(config["num_samples"])
             if (row["id"], s) not in done]
-    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots")}
+    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots",
+                                            "compile_decode")}
     bar = tqdm(total=len(rows) * config["num_samples"], initial=len(done), unit="answer",
                disable=ranks.rank > 0)
     work = deal(jobs, ranks, max(config["slots"], MIN_ROWS), "sample", model.share)

@@ -641,6 +641,19 @@ def test_texts_equal_one_sequence_at_a_time_in_any_slots_and_order(policy, naive
     assert a == b == c  # in float32 their log-probs may differ in the last bit
 
 
+def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypatch):
+    """A minute of compiling for each number of rows, length of the cache, rollout."""
+    ours, prompts, stops = load_policy(policy, torch.float64, naive[2])
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for slots in 16, 64:
+        done = generate(ours, prompts, ALL_WORK, stops, CAPS, slots, temperature=0.7, seed=3,
+                        step=7, compile_decode=True)
+        assert texts_of(done) == naive[0]
+    assert backend.frame_count == 1
+
+
 def generate_share(ranks, folder, strings, sample_tp, work=ALL_WORK):
     share = network.join_share(ranks, sample_tp)
     ours, prompts, stops = load_policy(folder, torch.float64, strings, share)

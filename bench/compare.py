@@ -8,7 +8,8 @@
 Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
 rewards (length and format, no reward model), group size, learning rate and threads are the same.
 Peers run at their best settings found here, in fp32, without gradient checkpointing, logging or
-saving; the settings are printed.
+saving; the settings are printed. Ours run as they are and with compile_decode=true, whose compiling
+is not in the median; transformers' static cache, compiled or not, took longer than its dynamic one.
 
 Ragged rows come in the file's order on both sides: how long a text becomes is not known before.
 A second line gives the peer batches sorted by what will be their length.
@@ -66,19 +67,23 @@ def alternate(sides, runs):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def print_ratio(what, seconds, tokens=None):
-    ours, theirs = seconds.values()
-    shown = [f"{tokens / s:.0f} tokens/s" if tokens else f"{s:.2f} s" for s in (ours, theirs)]
-    print(f"| {what} | {shown[0]} | {shown[1]} | {theirs / ours:.2f} |", flush=True)
+def print_ratios(what, seconds, tokens=None):
+    """A line for each of our sides; theirs is the last."""
+    *ours, (_, theirs) = seconds.items()
+    show = lambda s: f"{tokens / s:.0f} tokens/s" if tokens else f"{s:.2f} s"
+    for name, mine in ours:
+        print(f"| {name.replace('ours', what)} | {show(mine)} | {show(theirs)} | "
+              f"{theirs / mine:.2f} |", flush=True)
 
 
 # ---------------------------------------------------------------- sampling
 
-def sample_ours(model, tokenizer, prompts, caps):
+def sample_ours(model, tokenizer, prompts, caps, compile_decode):
     stops = Stops(tokenizer, [], model.num_tokens)
     stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
     work = [(p, 0) for p in range(len(prompts))]
-    done = list(generate(model, prompts, work, stops, caps, slots=len(prompts)))
+    done = list(generate(model, prompts, work, stops, caps, slots=len(prompts),
+                         compile_decode=compile_decode))
     assert sum(len(c.tokens) for c in done) == sum(caps)
 
 
@@ -113,18 +118,21 @@ def compare_sampling(config, what, caps, is_sorted=False):
     batch = min(best, key=best.get)
     print(f"theirs: transformers generate, dynamic cache, batches of {batch} (of "
           f"{ {b: round(s, 1) for b, s in best.items()} } s)", file=sys.stderr)
-    print_ratio(what, alternate({
-        "ours": lambda: sample_ours(ours, tokenizer, prompts, caps),
-        "theirs": lambda: sample_theirs(theirs, prompts, caps, batch, order)}, config["runs"]), sum(caps))
+    print_ratios(what, alternate({
+        "ours": lambda: sample_ours(ours, tokenizer, prompts, caps, False),
+        "ours, compiled": lambda: sample_ours(ours, tokenizer, prompts, caps, True),
+        "theirs": lambda: sample_theirs(theirs, prompts, caps, batch, order)},
+        config["runs"]), sum(caps))
 
 
 # ---------------------------------------------------------------- GRPO steps
 
-def grpo_ours(config, steps):
+def grpo_ours(config, steps, compile_decode=False):
     """(seconds of each step, {component: mean of each step})."""
     with tempfile.TemporaryDirectory() as out:
         arguments = [f"model={config['model']}", f"prompts={config['prompts']}", f"out={out}",
-                     "reward_model=", "schedule=constant", "warmup=0"]
+                     "reward_model=", "schedule=constant", "warmup=0",
+                     f"compile_decode={compile_decode}"]
         trainer = grpo.Trainer(parse_config(grpo.CONFIG, arguments), setup())
         rows, seconds = [], []
         for step in range(1, steps + 1):
@@ -190,8 +198,9 @@ def compare_steps(config):
     micro = min((64, 16), key=lambda size: np.mean(grpo_theirs(config, 3, size)[0][1:]))
     print(f"theirs: TRL GRPOTrainer, normalize_then_sum, fp32, micro-batch {micro} (of 64 and 16),"
           " no gradient checkpointing, logging or saving", file=sys.stderr)
-    print_ratio("a GRPO step, 64 samples, cap 400", alternate({
+    print_ratios("a GRPO step, 64 samples, cap 400", alternate({
         "ours": lambda: np.mean(grpo_ours(config, steps)[0][1:]),
+        "ours, compiled": lambda: np.mean(grpo_ours(config, steps, True)[0][1:]),
         "theirs": lambda: np.mean(grpo_theirs(config, steps, micro)[0][1:])}, config["runs"]))
     if config["curve_steps"]:
         for name, function in dict(ours=grpo_ours, theirs=grpo_theirs).items():
@@ -284,7 +293,7 @@ def compare_training(config):
             print(f"{name}: {size} rows at a time, of "
                   f"{ {b: round(s, 2) for b, s in seconds.items()} } s; fp32, fused AdamW",
                   file=sys.stderr)
-        print_ratio(f"training, {what}", alternate(sides, config["runs"]), ROW * ROWS)
+        print_ratios(f"training, {what}", alternate(sides, config["runs"]), ROW * ROWS)
 
 
 def head_peak(is_ours, tokens, hidden=896, vocab=151_936):
