@@ -85,11 +85,9 @@ DECODE_ROOM = 3 * 10 ** 9   # bytes beside the cache: activations, logits, CUDA 
 PLAN_MEMORY = 80 * 10 ** 9  # of an H100
 PLAN_BANDWIDTH = 0.8 * 3.0e12  # bytes a second: the part that we aim at of what an H100 copies
 ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
-PANELS = {"length reward": ["reward/length", "eval/length"],
-          "format reward": ["reward/format", "eval/format"],
-          "writing reward": ["reward/writing", "eval/writing"],
-          "asked against written (rank correlation)": ["eval/spearman"],
-          "words": ["words"], "cut and repeated": ["truncated", "repetition"]}
+PANELS = {f"{name} reward": [f"reward/{name}", f"eval/{name}"] for name in COMPONENTS} | {
+    "asked against written (rank correlation)": ["eval/spearman"],
+    "words": ["words"], "cut and repeated": ["truncated", "repetition"]}
 
 
 # ---------------------------------------------------------------- prompts

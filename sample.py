@@ -66,7 +66,7 @@ LIMITS = dict(template=["think", "direct", "chat"], max_tokens=1, temperature=0,
 STOP_STRINGS = ("</answer>", "<|user|>")
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
-PREFILL_TOKENS = 16_384  # prompts that are read in one pass
+PREFILL_TOKENS = 2048  # of prompts read in one pass; more was no faster on a CPU
 
 
 # ---------------------------------------------------------------- rows in
@@ -581,8 +581,8 @@ class Engine:
         return len(self.prompts[self.held[slot]]) + self.counts[slot]
 
     def num_rows(self, num_running):
-        """Rows to decode: one of a few sizes, so that few CUDA graphs and shapes exist."""
-        grain = max(8, self.slots // 8)
+        """Rows to decode: on CUDA one of a few sizes, so that few graphs exist."""
+        grain = max(8, self.slots // 8) if self.device.type == "cuda" else 1
         return min(max(MIN_ROWS, -(-num_running // grain) * grain), self.slots)
 
     def step(self, R):

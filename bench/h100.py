@@ -283,7 +283,7 @@ def attention_part(s):
 
 # ---------------------------------------------------------------- decode
 
-def rollout_row(s, rows, context):
+def rollout_row(s, rows, context, is_compiled):
     """generate, timed between the looks of its engine: the prefill comes before the first, CUDA
     graphs before the third, the completions after the last."""
     work, V, looks = s.work, s.config["vocab_size"], []
@@ -305,7 +305,7 @@ def rollout_row(s, rows, context):
     for max_tokens in (LOOK_EVERY, work["new_tokens"]):  # the first warms up
         looks[:] = [time.perf_counter()]
         list(generate(network, prompts, [(0, number) for number in range(rows)], never,
-                      max_tokens, slots=rows, on_look=on_look))
+                      max_tokens, slots=rows, compile_decode=is_compiled, on_look=on_look))
     peak = gigabytes(peak_bytes())
     step = (looks[-2] - looks[2]) / (LOOK_EVERY * (len(looks) - 4))
     prefill = looks[1] - looks[0] - LOOK_EVERY * step
@@ -321,8 +321,10 @@ def decode_part(s):
     print_table(f"Decode: {s.work['new_tokens']} new tokens",
                 ["rows x context", "tokens/s", "ms a step", "of it sampling", "bound ms", "share of bound",
                  "prefill s", "peak GB"],
-                {f"{rows} x {context}": partial(rollout_row, s, rows, context)
-                 for context in s.work["contexts"] for rows in ROWS})
+                {f"{rows} x {context}{', compiled' * is_compiled}":
+                 partial(rollout_row, s, rows, context, is_compiled)
+                 for context in s.work["contexts"] for rows in ROWS
+                 for is_compiled in (False, True)})
 
 
 # ---------------------------------------------------------------- head
