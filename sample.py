@@ -824,7 +824,7 @@ def main(argv):
     config = parse_config(CONFIG, argv, LIMITS | dict(num_samples=1))
     ranks = setup()
     if config["prompts"]:
-        open_folder(config, ranks, may_differ={"slots", "sample_tp"})
+        open_folder(config, ranks, may_differ={"slots", "sample_tp", "compile_decode"})
     model = load_for_sampling(config["model"], ranks, join_share(ranks, config["sample_tp"]))
     tokenizer = load_tokenizer(config["model"])
     model.num_tokens = min(model.num_tokens, len(tokenizer))

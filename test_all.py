@@ -652,6 +652,9 @@ def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypat
                         step=7, compile_decode=True)
         assert texts_of(done) == naive[0]
     assert backend.frame_count == 1
+    half, prompts, stops = load_policy(policy, torch.float64, share=network.Share(0, 2, None))
+    with pytest.raises(InputError, match="sample_tp=1, found 2"):
+        next(generate(half, prompts, ALL_WORK, stops, CAPS, compile_decode=True))
 
 
 def generate_share(ranks, folder, strings, sample_tp, work=ALL_WORK):
