@@ -63,6 +63,7 @@ CONFIG = dict(
 )
 LIMITS = dict(template=["think", "direct", "chat"], max_tokens=1, temperature=0, top_p=(1e-6, 1),
               top_k=0, slots=1, sample_tp=1)
+OPTIONS = ("temperature", "top_p", "top_k", "seed", "compile_decode")  # of generate as well
 STOP_STRINGS = ("</answer>", "<|user|>")
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
@@ -750,7 +751,7 @@ def stream(model, tokenizer, stops, prompt_tokens, config):
         print("" if model.share.rank else text[len(shown):], end="", flush=True)
         shown = text
 
-    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed")}
+    options = {key: config[key] for key in OPTIONS}
 
     def on_look(engine):
         if engine.jobs[0]:
@@ -791,8 +792,7 @@ def answer_file(model, tokenizer, stops, config, ranks):
                             if ranks.rank == 0 else []))
     jobs = [(p, s) for p, row in enumerate(rows) for s in range(config["num_samples"])
             if (row["id"], s) not in done]
-    options = {key: config[key] for key in ("temperature", "top_p", "top_k", "seed", "slots",
-                                            "compile_decode")}
+    options = {key: config[key] for key in (*OPTIONS, "slots")}
     bar = tqdm(total=len(rows) * config["num_samples"], initial=len(done), unit="answer",
                disable=ranks.rank > 0)
     work = deal(jobs, ranks, max(config["slots"], MIN_ROWS), "sample", model.share)

@@ -370,7 +370,7 @@ def test_the_plan_is_the_peak(length, recompute, tmp_path, monkeypatch):
 def test_blocks_compile_once_for_all(recompute, tmp_path, monkeypatch):
     """An hour of compiling for 64 blocks, or for each pack of other lengths; names of parameters
     that no checkpoint has."""
-    make_model(tmp_path)
+    make_model(tmp_path, num_hidden_layers=4)
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")  # the graphs of torch.compile, not its code
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
