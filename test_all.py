@@ -34,6 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,12 @@ SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=50, num_hidden_la
 ALONE = network.Ranks(0, 1, torch.device("cpu"), dist.HashStore())
 TOY = Path(network.__file__).parent / "toy"
 HAS_CUDA = torch.cuda.is_available()
+FORKS = multiprocessing.get_context("forkserver")  # the ranks' imports are made once for all
+FORKS.set_forkserver_preload([__name__, "torch.distributed.checkpoint",
+                              "transformers.models.auto.tokenization_auto",
+                              "transformers.models.qwen2.tokenization_qwen2"])
+draw_curves = pretrain.draw_curves  # a picture takes half a second: one test draws, the runs do not
+pretrain.draw_curves = grpo.draw_curves = lambda folder, _: (folder / "curves.png").touch()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -185,10 +192,8 @@ def run_on_ranks(world, function, *arguments):
     module-level one of this file. A rank that fails or hangs fails the test with its traceback."""
     if world == 1:
         return [function(ALONE, *arguments)]
-    context, work = multiprocessing.get_context("forkserver"), pickle.dumps((function, arguments))
-    context.set_forkserver_preload([__name__])  # torch is imported once for all
-    port = free_port()
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(world, context) as pool:
+    work, port = pickle.dumps((function, arguments)), free_port()
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(world, FORKS) as pool:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo ranks, whatever this machine has
         jobs = [pool.submit(join_group, rank, world, port, work) for rank in range(world)]
         try:
@@ -471,32 +476,28 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path):
+def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path, monkeypatch):
     """Weights fetched for a plan, a name that works on a machine with the hub alone, or a
     traceback of the hub's instead of a line."""
     make_model(tmp_path / "model")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Hub.folder = tmp_path / "model"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-                                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-
-    def run(*lines):
-        code = "\n".join(["import os, model, urllib.request", *lines])
-        return subprocess.run([sys.executable, "-c", code], env=environment, cwd=TOY.parent,
-                              capture_output=True, text=True)
-
-    done = run("print(model.load_config('org/name')[1]['architectures'])",
-               "try: urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/now-the-weights')",
-               "except OSError: pass", "print(model.load_model('org/name', 'cpu'))",
-               "model.load_config('org/other')")
-    assert "Qwen2ForCausalLM" in done.stdout and "(model): Backbone" in done.stdout
-    assert "InputError: org/other" in done.stderr
-    asked = " ".join(Hub.asked).partition("/now-the-weights")
-    assert "safetensors" not in asked[0] and "model.safetensors" in asked[2]
+    for name in "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE":  # as HF_ENDPOINT would before a start
+        value = re.sub("https?://[^/]+", f"http://127.0.0.1:{server.server_port}",
+                       getattr(huggingface_hub.constants, name))
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert network.load_config("org/name")[1]["architectures"] == ["Qwen2ForCausalLM"]
+    assert Hub.asked and not any("safetensors" in path for path in Hub.asked)
+    weights = dict(load_model("org/name", "cpu").named_parameters())
+    assert any("model.safetensors" in path for path in Hub.asked)
+    with pytest.raises(InputError, match="org/other"):
+        network.load_config("org/other")
     server.shutdown()
     server.server_close()
-    assert "(model): Backbone" in run("print(model.load_model('org/name', 'cpu'))").stdout
+    assert same(weights, dict(load_model("org/name", "cpu").named_parameters()))
+    assert same(weights, load_file(tmp_path / "model" / "model.safetensors"))
 
 
 def test_arguments_get_the_types_of_the_defaults():
@@ -1846,10 +1847,9 @@ def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_pat
     """Ranks that wait for the dead one for ever, that save because torchrun then signals them, or
     that each tell of the connection it left."""
     train_tokens(tmp_path, policy, f"out={tmp_path / 'before'}", "steps=1")  # makes the tokens
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    processes = [context.Process(target=crash_a_rank, daemon=True,
-                                 args=(rank, port, tmp_path, policy, end))
-                 for rank in (0, 1)]
+    port = free_port()
+    processes = [FORKS.Process(target=crash_a_rank, daemon=True,
+                               args=(rank, port, tmp_path, policy, end)) for rank in (0, 1)]
     for process in processes:
         process.start()
     processes[1].join(60)
@@ -1884,9 +1884,9 @@ def lose_the_leader(rank, port, tmp_path, arguments):
 def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
     """Ranks that wait in a collective, or in the store for a job, for the one that is gone; a
     traceback of the connection that it left."""
-    context, port = multiprocessing.get_context("forkserver"), free_port()
+    port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # torchrun's
-    processes = [context.Process(target=lose_the_leader, daemon=True, args=(
+    processes = [FORKS.Process(target=lose_the_leader, daemon=True, args=(
         rank, store.port, tmp_path, training + [f"out={tmp_path / 'run'}", "sample_tp=2"]))
         for rank in (0, 1)]
     for process in processes:
@@ -2309,9 +2309,8 @@ def run_late(rank, port, folder, arguments, seconds):
 def late_run(training, tmp_path_factory):
     """(folder, processes) of two ranks, one 15 s late where collectives wait for 5 s; they sleep
     while other tests run."""
-    folder, context, port = tmp_path_factory.mktemp("late"), multiprocessing.get_context(
-        "forkserver"), free_port()
-    processes = [context.Process(target=run_late, daemon=True, args=(
+    folder, port = tmp_path_factory.mktemp("late"), free_port()
+    processes = [FORKS.Process(target=run_late, daemon=True, args=(
         rank, port, folder, training + ["steps=1", f"out={folder / 'run'}"], 15))
         for rank in (0, 1)]
     for process in processes:
@@ -2337,7 +2336,9 @@ def test_a_run_leaves_its_log_checkpoints_and_samples(whole_run, policy):
     assert all(set(row) - set(EVAL_KEYS) == set(LOG_KEYS) for row in log[1:])
     assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["grad_norm"] > 1e-3 for row in log[1:])
     assert os.readlink(whole_run / "latest") == "checkpoint-000004"
-    assert (whole_run / "best").exists() and (whole_run / "curves.png").exists()
+    assert (whole_run / "best").exists() and (whole_run / "curves.png").read_bytes() == b""
+    draw_curves(whole_run, grpo.PANELS)
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(whole_run.glob("checkpoint-*"))) <= 2
     assert len((whole_run / "samples" / "step-000004.jsonl").read_text().splitlines()) == 20
     assert (whole_run / "rollouts.html").read_text().count("<details>") == 6
