@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import (InputError, find_commit, find_folder, join_share, load_for_sampling,
-                   load_tokenizer, open_folder, parse_config, script, setup)
+                   open_folder, parse_config, script, setup)
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
                     format_fault, is_url, join, marked, page, response_row, scatter, spans_of,
                     table, tag)
@@ -228,10 +228,7 @@ class Folder:
     @functools.cached_property
     def loaded(self):
         """(model, tokenizer)"""
-        model = load_for_sampling(str(self.folder), self.ranks, self.share)
-        tokenizer = load_tokenizer(self.folder)
-        model.num_tokens = min(model.num_tokens, len(tokenizer))
-        return model, tokenizer
+        return load_for_sampling(str(self.folder), self.ranks, self.share)
 
     def encode(self, text):
         """(tokens that the model goes on from, "" or why it cannot)"""

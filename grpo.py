@@ -459,12 +459,11 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.tokenizer = load_tokenizer(config["model"])
         self.model = load_for_training(config, ranks)
-        self.model.num_tokens = min(self.model.num_tokens, len(self.tokenizer))
+        self.model.num_tokens = len(self.tokenizer)
         self.sampler = self.model  # one copy of the weights serves both on one CPU process
         share = join_share(ranks, config["sample_tp"])
         if ranks.world > 1 or ranks.device.type == "cuda":
-            self.sampler = load_for_sampling(config["model"], ranks, share)
-            self.sampler.num_tokens = self.model.num_tokens
+            self.sampler, _ = load_for_sampling(config["model"], ranks, share)
         self.slots = config["slots"] or fit_slots(config, ranks)
         self.sync = {}  # what the last bringing of weights took
         self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
@@ -61,6 +61,7 @@ CONFIG = dict(
     sample_tp=1,         # GPUs that share one copy of the sampling weights
     max_tokens=14_000,   # prompt and completion: of a pack in training, of a cache in sampling
 )
+LANGUAGE, SCORES = "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"  # heads that there are
 WATCHES = []  # of this process: one while there is a process group
 SHARE_SECONDS = 300  # a collective among ranks that sample together takes milliseconds
 HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
@@ -123,6 +124,7 @@ class PeerWatch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.world, self.over = store, world, threading.Event()
         store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}")
+        self.start()
 
     def run(self):
         peers = [self.store.get(f"process/{peer}").decode().split() for peer in range(self.world)]
@@ -160,24 +162,20 @@ def is_alive(pid):
 def parse_value(key, text, default, may_be_json=False):
     """One command-line value in the type of the default; dicts and lists are JSON, and some texts
     may be instead ({"file": weight})."""
-    is_json = isinstance(default, (dict, list))
+    kind = type(default)
     try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, (int, float)):
-            value = type(default)(text)
-            if math.isfinite(value):
-                return value
-        if isinstance(default, str):
+        if kind is str:
             return json.loads(text) if may_be_json and text[:1] in ("{", "[") else text
-        value = json.loads(text)
-        if is_json and type(value) is type(default):
+        if kind in (int, float) and math.isfinite(float(text)):
+            return kind(text)
+        value = json.loads(text.lower() if kind is bool else text)
+        if type(value) is kind and kind in (bool, dict, list):
             return value
-    except (ValueError, KeyError):
+    except ValueError:
         pass
-    kind = f"a JSON {type(default).__name__}" if is_json else type(default).__name__
-    kind = "a text, or a JSON dict or list" if may_be_json else kind
-    raise InputError(f"{key}={text}: expected {kind}, found {text!r}")
+    expected = f"a JSON {kind.__name__}" if kind in (dict, list) else kind.__name__
+    expected = "a text, or a JSON dict or list" if may_be_json else expected
+    raise InputError(f"{key}={text}: expected {expected}, found {text!r}")
 
 
 def parse_config(defaults, argv, limits=None, json_keys=()):
@@ -193,13 +191,12 @@ def parse_config(defaults, argv, limits=None, json_keys=()):
             raise InputError(f"{key}: expected {key}=value, found no value")
         config[key] = parse_value(key, text, defaults[key], key in json_keys)
     for key, limit in (limits or {}).items():
-        least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
         if isinstance(limit, list):
             is_right, expected = config[key] in limit, "one of " + ", ".join(map(repr, limit))
-        elif most < math.inf:
-            is_right, expected = least <= config[key] <= most, f"{least} to {most}"
+        elif isinstance(limit, tuple):
+            is_right, expected = limit[0] <= config[key] <= limit[1], "{} to {}".format(*limit)
         else:
-            is_right, expected = least <= config[key], f"at least {least}"
+            is_right, expected = config[key] >= limit, f"at least {limit}"
         if not is_right:
             raise InputError(f"{key}={config[key]}: expected {expected}")
     return config
@@ -229,6 +226,7 @@ class Ranks(NamedTuple):
         meeting = self.store.add(f"meetings/{self.rank}", 1)
         self.store.set(f"meeting {meeting}/{self.rank}", str(int(flag)))
         said = self.wait_for([f"meeting {meeting}/{rank}" for rank in range(self.world)])
+        self.store.delete_key(f"meeting {meeting - 1}/{self.rank}")  # all came here, all read it
         return b"1" in said
 
     def wait_for(self, keys):
@@ -240,6 +238,18 @@ class Ranks(NamedTuple):
         return [self.store.get(key) for key in keys]
 
 
+def fresh_store(store):
+    """A restart's store without what the attempt before left in it: torchrun may keep its own."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # nodes do not count alike
+        raise InputError("restarts on several nodes: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+                         "in the environment of torchrun, found none")
+    return store
+
+
 def setup():
     """Join the process group when torchrun started us, or when CUDA needs one for FSDP."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -248,24 +258,22 @@ def setup():
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if cuda:
         torch.cuda.set_device(device)
-    elif world > 1:  # torchrun allows one thread a process unless told otherwise
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    if not cuda and world == 1:
+    elif world == 1:
         return Ranks(0, 1, device, dist.HashStore())  # alone, without a process group
+    else:  # torchrun allows one thread a process unless told otherwise
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_world))
     if not dist.is_initialized():
         if "RANK" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one node keeps its store at a restart
-                attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-                store = dist.PrefixStore(f"attempt {attempt}", store)
+            store = fresh_store(store)
         else:
             store, rank = dist.HashStore(), 0
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, device_id=device if cuda else None)
         if world > 1:
             WATCHES.append(PeerWatch(dist.distributed_c10d._get_default_store(), rank, world))
-            WATCHES[-1].start()
     store = dist.distributed_c10d._get_default_store()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, store)
 
@@ -523,11 +531,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == torch.float32:
+        if x.dtype.itemsize >= 4:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -610,8 +616,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def logprobs(x, weight, temperature):
-        logits = x @ weight.T
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
         logits /= temperature
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
@@ -624,7 +629,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         for rows in chunks:
             logprobs = ChunkedLogProbs.logprobs(x[rows], weight, temperature)
             found.append(logprobs.gather(1, targets[rows, None])[:, 0])
-            entropies.append(-row_products(logprobs.exp(), logprobs))
+            entropies.append(-torch.einsum("rv,rv->r", logprobs.exp(), logprobs))
             kept = logprobs if len(chunks) == 1 else None
             del logprobs  # before the next chunk's are made
         ctx.save_for_backward(x, weight, targets, kept)
@@ -634,7 +639,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropies):
         x, weight, targets, kept = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=wide)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros(len(x), dtype=wide, device=x.device)
@@ -645,7 +650,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             if grad_entropies is None:
                 grad = probs.mul_(-grad_logprobs[rows, None])
             else:  # d H / d logits = -probs (logprobs + H)
-                entropy = -row_products(probs, logprobs)[:, None]
+                entropy = -torch.einsum("rv,rv->r", probs, logprobs)[:, None]
                 grad = (logprobs + entropy).mul_(-grad_entropies[rows, None])
                 grad.sub_(grad_logprobs[rows, None]).mul_(probs)
             del logprobs, probs
@@ -659,11 +664,6 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_weight += grad.T @ x[rows]
             del grad
         return grad_x, grad_weight.to(weight.dtype), None, None
-
-
-def row_products(a, b):
-    """Sums of a b over the columns (R, V) -> (R,), without a third matrix."""
-    return torch.einsum("rv,rv->r", a, b)
 
 
 class Backbone(nn.Module):
@@ -734,17 +734,16 @@ class Qwen2(nn.Module):
 
 
 def is_scorer(config):
-    return config["architectures"][0] == "Qwen2ForSequenceClassification"
+    return config["architectures"][0] == SCORES
 
 
 # ---------------------------------------------------------------- sharding
 
 def join_share(ranks, size):
     """This rank's Share, of `size` neighbouring ranks on one machine."""
-    for count, kind in ((ranks.world, "ranks"),
-                        (int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)), "ranks of a node")):
-        if count % size:
-            raise InputError(f"sample_tp={size}: expected a divisor of the {count} {kind}")
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    if count % size:
+        raise InputError(f"sample_tp={size}: expected a divisor of the {count} ranks of a node")
     if size == 1:
         return WHOLE
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=SHARE_SECONDS))
@@ -795,13 +794,12 @@ def shard(model, ranks, offload=False):
     return fully_shard(model, **options)
 
 
-def full_parameters(model, dtype=None):
-    """(name, whole tensor) of every parameter, in its own dtype or in this one; collective over
-    the ranks where it is sharded."""
+def full_parameters(model, dtype):
+    """(name, whole tensor in this dtype) of every parameter; collective where it is sharded."""
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass without a backward the root is still gathered
     for name, parameter in model.named_parameters():
-        whole = parameter.detach().to(dtype or parameter.dtype)
+        whole = parameter.detach().to(dtype)
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
@@ -826,11 +824,10 @@ def find_folder(name, with_weights=False):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{name}: no such folder, and not a hub name like Qwen/Qwen2.5-7B")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(name, allow_patterns=[
             "*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what the hub raises is either
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name}: no such folder, and the hub says: {reason}") from None
 
@@ -841,9 +838,8 @@ def load_config(name, with_weights=False):
     path = folder / "config.json"
     config = read_config(path)
     architecture = (config.get("architectures") or ["none"])[0]
-    known = ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification")
-    if architecture not in known:
-        raise InputError(f"{path}: expected architecture {' or '.join(known)}, "
+    if architecture not in (LANGUAGE, SCORES):
+        raise InputError(f"{path}: expected architecture {LANGUAGE} or {SCORES}, "
                          f"found {architecture}")
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings")
@@ -853,6 +849,8 @@ def load_config(name, with_weights=False):
     if rope_settings(config)["rope_type"] not in ("default", "yarn"):
         raise InputError(f"{path}: expected rope type default or yarn, "
                          f"found {rope_settings(config)['rope_type']}")
+    if rope_settings(config)["rope_type"] == "yarn" and not rope_settings(config).get("factor"):
+        raise InputError(f"{path}: expected a factor of YaRN, found {rope_settings(config)}")
     if config.get("use_sliding_window"):
         raise InputError(f"{path}: expected full attention, found use_sliding_window: true")
     return folder, config
@@ -889,7 +887,7 @@ def open_tensors(folder):
             raise InputError(f"{folder / file}: no such file")
         try:
             opened = safe_open(folder / file, framework="pt")
-        except Exception as error:  # safetensors raises its own class, made in Rust
+        except (OSError, SafetensorError) as error:
             raise InputError(f"{folder / file}: expected safetensors, found: {error}") from None
         tensors |= {name: opened.get_slice(name) for name in opened.keys()}
     return tensors
@@ -912,8 +910,7 @@ def load_weights(model, folder, new=()):
     tensors = open_tensors(folder)
     parameters = dict(model.named_parameters())
     with torch.device("meta"):
-        whole = model if model.share.size == 1 else Qwen2(model.config)
-    shapes = {name: list(x.shape) for name, x in whole.named_parameters()}
+        shapes = {name: list(x.shape) for name, x in Qwen2(model.config).named_parameters()}
     unread = {"lm_head.weight", "score.weight"} - set(parameters)  # of tied or replaced heads
     for name in sorted(set(tensors) - set(parameters) - unread):
         if not name.endswith("rotary_emb.inv_freq"):
@@ -964,13 +961,18 @@ def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, re
 
 
 def load_model(name, device, dtype=torch.float32, ranks=None, config=None, new=(), seed=None,
-               **options):
+               head=LANGUAGE, **options):
     """A model from a folder, built as build_model does with these options.
 
     config replaces the folder's (a score head on a language model, say) and new names the
-    parameters that the folder does not have; with a seed all weights are random."""
+    parameters that the folder does not have; with a seed all weights are random. A model with
+    another head is an error."""
     folder, found = load_config(name, with_weights=seed is None)
-    model = build_model(config or found, device, dtype, ranks, **options)
+    config = config or found
+    if config["architectures"][0] != head:
+        raise InputError(f"{name}: expected architecture {head}, "
+                         f"found {config['architectures'][0]}")
+    model = build_model(config, device, dtype, ranks, **options)
     if seed is None:
         load_weights(model, folder, new)
     else:
@@ -991,9 +993,11 @@ def load_for_training(keys, ranks, **options):
 
 
 def load_for_sampling(name, ranks, share=WHOLE):
-    """A plain copy, or a rank's slices of one: bf16 on CUDA, fp32 on the CPU."""
+    """(a plain copy or a rank's slices of one, bf16 on CUDA and fp32 on the CPU; its tokenizer)"""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return load_model(name, ranks.device, dtype, share=share)
+    model, tokenizer = load_model(name, ranks.device, dtype, share=share), load_tokenizer(name)
+    model.num_tokens = len(tokenizer)
+    return model, tokenizer
 
 
 def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
@@ -1017,13 +1021,12 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
              for name, parameter in model.named_parameters()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_bytes)
     parts = {file: {} for file in plan.filename_to_tensors}
-    for name, whole in full_parameters(model):
-        file = plan.tensor_to_filename[name]
-        parts[file][name] = whole.to("cpu", dtype).contiguous() if is_writer else None
-        if len(parts[file]) == len(plan.filename_to_tensors[file]):
-            tensors = parts.pop(file)  # written as soon as it is whole
-            if is_writer:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
+    for name, whole in full_parameters(model, dtype):
+        if is_writer:
+            file = plan.tensor_to_filename[name]
+            parts[file][name] = whole.cpu().contiguous()
+            if len(parts[file]) == len(plan.filename_to_tensors[file]):  # written once it is whole
+                save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
     if is_writer and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -1032,8 +1035,10 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
 # ---------------------------------------------------------------- the plan of a folder
 
 def count_parameters(config):
-    with torch.device("meta"):
-        return sum(p.numel() for p in Qwen2(config).parameters())
+    with torch.device("meta"):  # of the ends alone, and with one block
+        ends, one = (sum(p.numel() for p in Qwen2(config | {"num_hidden_layers": n}).parameters())
+                     for n in (0, 1))
+    return ends + config["num_hidden_layers"] * (one - ends)
 
 
 def count_multiplied(config):
@@ -1086,8 +1091,7 @@ def sampling_plan(config, sample_tp, max_tokens):
 
 def print_table(values):
     for name, value in values.items():
-        print(f"  {name:<46} {value:>18,}" if isinstance(value, int) else
-              f"  {name:<46} {value:>18}")
+        print(f"  {name:<46} {f'{value:,}' if isinstance(value, int) else value:>18}")
 
 
 @script

@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from model import (InputError, flops_per_token, is_scorer, load_config, load_for_training,
-                   load_model, load_tokenizer, parse_config, script, setup)
+from model import (SCORES, InputError, flops_per_token, is_scorer, load_config,
+                   load_for_training, load_model, load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -386,15 +386,11 @@ class WritingModel:
     policy is; plain on one CPU process."""
 
     def __init__(self, folder, ranks):
-        _, config = load_config(folder)
-        if not is_scorer(config):
-            raise InputError(f"{folder}: expected architecture Qwen2ForSequenceClassification, "
-                             f"found {config['architectures'][0]}")
         is_cuda = ranks.device.type == "cuda"
         self.model = load_model(folder, ranks.device, torch.bfloat16 if is_cuda else torch.float32,
-                                ranks=ranks if is_cuda or ranks.world > 1 else None)
+                                ranks=ranks if is_cuda or ranks.world > 1 else None, head=SCORES)
         self.tokenizer = load_tokenizer(folder)
-        self.max_len, self.ranks = config["max_position_embeddings"], ranks
+        self.max_len, self.ranks = self.model.config["max_position_embeddings"], ranks
 
     def score(self, prompts, answers, pack_tokens=16_384):
         """A score for each answer to its prompt; higher is better, on the model's own scale.
@@ -941,8 +937,8 @@ def scorer_config(folder, config, tokenizer):
     if pad is None or pad == end:
         raise InputError(f"{folder}: expected a pad_token that no text ends with, found "
                          f"{tokenizer.pad_token!r}; set it in tokenizer_config.json")
-    return config | {"architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1,
-                     "id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad}
+    return config | {"architectures": [SCORES], "num_labels": 1, "id2label": {"0": "score"},
+                     "label2id": {"score": 0}, "pad_token_id": pad}
 
 
 def train_reward_model(config):
@@ -955,7 +951,7 @@ def train_reward_model(config):
     rows = [load_rows(file, pair_row) for file in files]
     (pairs, cut), *rest = [tokenise_pairs(part, tokenizer, max_len, ranks, file)
                            for part, file in zip(rows, files)]
-    model = load_for_training(config, ranks, config=model_config,
+    model = load_for_training(config, ranks, config=model_config, head=SCORES,
                               new=set() if is_scorer(found) else {"score.weight"})
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
     if ranks.rank == 0:
@@ -1066,7 +1062,7 @@ def main(argv):
                      load_config(config["model"])[1]["max_position_embeddings"])
         print_plan(config, 2 * config["batch_pairs"] * length,
                    max(2 * length, config["micro_tokens"]), length,
-                   {"architectures": ["Qwen2ForSequenceClassification"]})
+                   {"architectures": [SCORES]})
     elif config["responses"]:
         print_components(config)
     else:

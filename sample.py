@@ -40,8 +40,7 @@ from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
 from model import (SHARE_SECONDS, WHOLE, InputError, has_decode_kernel, head_size, join_share,
-                   load_for_sampling, load_tokenizer, open_folder, parse_config, script, setup,
-                   split_config)
+                   load_for_sampling, open_folder, parse_config, script, setup, split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -825,9 +824,8 @@ def main(argv):
     ranks = setup()
     if config["prompts"]:
         open_folder(config, ranks, may_differ={"slots", "sample_tp", "compile_decode"})
-    model = load_for_sampling(config["model"], ranks, join_share(ranks, config["sample_tp"]))
-    tokenizer = load_tokenizer(config["model"])
-    model.num_tokens = min(model.num_tokens, len(tokenizer))
+    model, tokenizer = load_for_sampling(config["model"], ranks,
+                                         join_share(ranks, config["sample_tp"]))
     stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
     if config["prompts"]:
         return answer_file(model, tokenizer, stops, config, ranks)

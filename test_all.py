@@ -407,6 +407,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
     (lambda f: edit_config(f, num_hidden_layers=None), ["num_hidden_layers"]),
     (lambda f: edit_config(f, use_sliding_window=True), ["use_sliding_window"]),
     (lambda f: edit_config(f, rope_parameters=dict(rope_type="dynamic")), ["dynamic"]),
+    (lambda f: edit_config(f, rope_parameters=dict(rope_type="yarn")), ["factor"]),
+    (lambda f: edit_config(f, architectures=[network.SCORES]), [network.SCORES, network.LANGUAGE]),
     (lambda f: (f / "config.json").unlink(), ["config.json"]),
     (lambda f: (f / "config.json").write_text('{"a": '), ["config.json", "JSON"])])
 def test_a_damaged_folder_is_one_line_that_names_it(damage, words, tmp_path):
@@ -429,7 +431,7 @@ def test_a_saved_folder_round_trips_through_transformers(architecture, changes, 
                                                          tmp_path):
     """A tensor lost or renamed at saving, which transformers would fill at random."""
     theirs = make_model(tmp_path / "theirs", architecture, **changes)
-    ours = load_model(str(tmp_path / "theirs"), "cpu")
+    ours = load_model(str(tmp_path / "theirs"), "cpu", head=architecture)
     save_folder(ours, tmp_path / "ours", torch.float32, max_bytes)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 5 or max_bytes > 5_000
     back, info = getattr(transformers, architecture).from_pretrained(
@@ -437,7 +439,8 @@ def test_a_saved_folder_round_trips_through_transformers(architecture, changes, 
     assert not any(info.values()), info
     expected = theirs.state_dict()
     assert back.state_dict().keys() == expected.keys() and same(back.state_dict(), expected)
-    again = dict(load_model(str(tmp_path / "ours"), "cpu").named_parameters())
+    again = load_model(str(tmp_path / "ours"), "cpu", head=architecture)
+    again = dict(again.named_parameters())
     assert same(dict(ours.named_parameters()), again)
 
 
@@ -526,7 +529,7 @@ def use_shards(ranks, folder, out, sequences):
         patch.setattr(network, "MixedPrecisionPolicy", lambda **_: half)
         evaluated = load_model(folder, ranks.device, ranks=ranks)
         score(evaluated, [[1, 2, 3]])
-    return dict(whole=[{name: x.clone() for name, x in full_parameters(model)}
+    return dict(whole=[{name: x.clone() for name, x in full_parameters(model, torch.float32)}
                        for model in (ours, plain, evaluated)],
                 gradient={name: x.grad.full_tensor() for name, x in ours.named_parameters()},
                 logprobs=score(ours, sequences).detach())
@@ -1389,7 +1392,8 @@ def score_shares(ranks, folder, texts):
 
 def gradient_of_pairs(ranks, folder, pairs, micro_tokens):
     """(scores, gradient) of Bradley-Terry training on all ranks."""
-    ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
+    ours = load_model(folder, ranks.device, head=network.SCORES,
+                      ranks=ranks if ranks.world > 1 else None)
     evaluated = reward.score_pairs(ours, pairs, ranks, micro_tokens)
     scores = reward.leave_gradient(ours, pairs, ranks, micro_tokens, 0.1)
     assert_close(evaluated, scores, atol=1e-5, rtol=0)
@@ -1897,6 +1901,19 @@ def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
     errors = (tmp_path / "errors1").read_text()
     assert errors.count("error: a rank died without a word") == 1 and "Traceback" not in errors
     assert not read_log(tmp_path / "run")
+
+
+def test_a_restart_begins_with_an_empty_store(monkeypatch):
+    """Ranks that meet at what the attempt before has left in torchrun's store, and hang."""
+    for name, value in dict(USE_AGENT_STORE="True", RESTART_COUNT="1", MAX_RESTARTS="3").items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    store = dist.HashStore()
+    store.set("failures", "of the first attempt")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    assert not network.fresh_store(store).check(["failures"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "8")  # these do not agree on the number of the attempt
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        network.fresh_store(store)
 
 
 def test_torchrun_starts_a_crashed_run_again(crashed_run, policy, tmp_path):

@@ -102,8 +102,8 @@ def sample_theirs(model, prompts, caps, batch, order):
 
 
 def compare_sampling(config, what, caps, is_sorted=False):
-    ranks, tokenizer = setup(), load_tokenizer(config["model"])
-    ours = load_for_sampling(config["model"], ranks)
+    ranks = setup()
+    ours, tokenizer = load_for_sampling(config["model"], ranks)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(config["model"],
                                                                dtype=torch.float32)
     theirs.generation_config.eos_token_id = None

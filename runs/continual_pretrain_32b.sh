@@ -25,6 +25,7 @@
 # To keep attention's outputs as well (the default) would take 21,810,380,800 more: too tight.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart meets at a store of its own
 torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
     --rdzv_id "${RUN_ID:-continual}" --max-restarts 3 --shutdown-timeout 900 \
     pretrain.py model=Qwen/Qwen2.5-32B \

@@ -41,6 +41,7 @@
 # sampling, every completion at the cap. Scoring and bringing the weights come on top.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart meets at a store of its own
 exec torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
     --rdzv_id "${RUN_ID:-longwriter-zero}" --max-restarts 3 --shutdown-timeout 900 \
     grpo.py model=out/continual-32b/latest reward_model=out/reward-32b/latest \

@@ -20,6 +20,7 @@
 #   tokens a step 2,097,152; FLOPs 4.6e+17; 18.2 seconds at 40% of 989 TFLOP/s
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restart meets at a store of its own
 torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "$HEAD:29500" \
     --rdzv_id "${RUN_ID:-reward}" --max-restarts 3 --shutdown-timeout 900 \
     reward.py model=Qwen/Qwen2.5-32B pairs=data/pairs.jsonl val_pairs=data/held_out_pairs.jsonl \

@@ -29,7 +29,7 @@ import pretrain
 import reward
 from tqdm import tqdm
 
-from model import load_for_sampling, load_tokenizer, parse_config, script, setup
+from model import load_for_sampling, parse_config, script, setup
 from sample import (STOP_STRINGS, TEMPLATES, Stops, count_words, encode_prompts, find_answer,
                     generate)
 
@@ -131,8 +131,7 @@ def held_pair_row(topics, counts, rng, fault):
 
 def write_drafts(folder, topics, counts, num_drafts, temperature, rng):
     """[(topic, what the model in a folder writes about it)]."""
-    tokenizer = load_tokenizer(folder)
-    model = load_for_sampling(folder, setup())
+    model, tokenizer = load_for_sampling(folder, setup())
     stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
     asked = [rng.choice(topics) for _ in range(num_drafts)]
     rows = [{"id": place, "prompt": grammar.request(topic, rng.choice(counts), rng)}
