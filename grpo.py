@@ -37,9 +37,9 @@ from model import (InputError, copy_weights, count_parameters, flops_per_token, 
                    parse_config, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
-from reward import COMPONENTS, is_url, open_writing, page, rule_rewards, text_block
+from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
-                    generate, has_han, load_prompts, read_done)
+                    find_answer, generate, has_han, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
@@ -137,25 +137,16 @@ def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots,
 
 
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
-    """A dict per completion: what rule_rewards tells, writing, the completion, and what a page
-    says of it besides."""
+    """What score_responses tells of each completion, with its place; writing is 0 without a
+    judge."""
     mine = completions[ranks.rank::ranks.world]
-    scored = []
-    for c in mine:
-        text = tokenizer.decode(c.tokens)
-        rewards = rule_rewards(text, rows[c.prompt]["length"], template, length_max,
-                               c.finish == "length")
-        scored.append(rewards | {"completion": text, "place": (c.prompt, c.sample), "said": "",
-                                 "prompt": rows[c.prompt]["prompt"],
-                                 "asked": rows[c.prompt]["length"]})
-    writing = [0.0] * len(mine)
-    if judge:
-        writing = judge.score([rows[c.prompt]["prompt"] for c in mine],
-                              [rewards["answer"] for rewards in scored])
-    for rewards, value in zip(scored, writing):
-        rewards["writing"] = value
-    for rewards, verdict in zip(scored, getattr(judge, "verdicts", [])):
-        rewards["said"] = verdict.reason
+    texts = [tokenizer.decode(c.tokens) for c in mine]
+    scored = score_responses([
+        rows[c.prompt] | {"response": find_answer(text, template), "completion": text,
+                          "finish": c.finish} for c, text in zip(mine, texts)],
+        judge, template, length_max)
+    for c, rewards in zip(mine, scored):
+        rewards |= {"place": (c.prompt, c.sample)} | ({} if judge else {"writing": 0.0})
     return sorted(ranks.gather(scored), key=lambda rewards: rewards["place"])
 
 

@@ -238,6 +238,12 @@ class Ranks(NamedTuple):
         return [self.store.get(key) for key in keys]
 
 
+def print_once(line):
+    """Of the ranks, which all know it, one tells."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def fresh_store(store):
     """A restart's store without what the attempt before left in it: torchrun may keep its own."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -26,8 +26,8 @@ Where the paper (arXiv:2506.18841) is silent:
    to three times; then, as when calls fail, the text is unscored (NaN).
 """
 import asyncio
-import collections
 import fcntl
+import functools
 import hashlib
 import html
 import json
@@ -86,13 +86,11 @@ ALIKE = 0.22                 # similarity of a copy: prose has 0.19 in 99 pieces
 CHANCE = 5                   # pairs that sentences of one frame share without being copies
 DRIFT = 0.25                 # how far words of a copy may shift, in lengths of the piece
 DEAD_ZONE, FULL = 0.15, 0.4  # copied share at which the penalty starts and is complete
-BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # ends of a line, and so of a paragraph
 LOOK_ALIKES = str.maketrans(  # Cyrillic, Greek, Armenian, small capitals; brackets of tags
     "АВЕЅІЈКМНОРСТУХԌԜаверѕікјмнорстухһԁԛԝӏѵ" "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεηικνορτυχ"
     "օսոհᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢɑɡı" "‹›⟨⟩〈〉❮❯˂˃",
     "ABESIJKMHOPCTYXGWabepsikjmhopctyxhdqwlv" "ABEZHIKMNOPTYXaenikvoptux"
     "ounhabcdefghijklmnoprstuvwyzagi" "<><><><><>")
-RATIOS = 0.5, 0.8, 1.25, 2   # words of the chosen over words of the rejected: where accuracy splits
 
 
 # ---------------------------------------------------------------- length and format
@@ -114,8 +112,8 @@ def unmask(text):
     if text.isascii():
         return text
     text = unicodedata.normalize("NFKD", text)
-    hidden = {ord(c): None for c in set(text) if c in FILLERS
-              or unicodedata.category(c) == "Cf" or unicodedata.category(c)[0] == "M"}
+    hidden = {ord(c): None for c in set(text)
+              if c in FILLERS or unicodedata.category(c) in ("Cf", "Mn", "Mc", "Me")}
     return text.translate(LOOK_ALIKES | hidden)
 
 
@@ -153,11 +151,13 @@ def format_fault(completion, template="think"):
 
 
 def read_words(text):
-    """(ids, lines, places, number of words), the first three (N,): equal ids for words that look
-    the same, the line of each word, and its place among the tokens of the normalised text. A
+    """(ids (N,), lines (N,), ends (N, 2), number of words) of a text: equal ids for words that
+    look the same, the line of each word, and where it begins and ends in the normalised text. A
     number between words is left out, so that numbered copies are copies; tables stay."""
     text = normalise_text(text)
-    tokens = re.findall(token_pattern(text), text)
+    pattern = word_pattern(text) + r"|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"  # or a line's end
+    matches = list(re.finditer(pattern, text))
+    tokens = [match[0] for match in matches]
     known, ids = {}, {}
     codes = np.array([known.setdefault(token, len(known)) for token in tokens], dtype=int)
     words = [ids.setdefault(plain_word(token), len(ids)) for token in known]
@@ -166,19 +166,15 @@ def read_words(text):
     lines, places = np.cumsum(is_break), np.flatnonzero(~is_break)
     is_number = np.concatenate([[False], is_number[places], [False]])
     kept = places[~is_number[1:-1] | is_number[:-2] | is_number[2:]]
-    return np.array(words, dtype=int)[codes[kept]], lines[kept], kept, len(places)
-
-
-def token_pattern(text):
-    """Words and line ends of a normalised text."""
-    return rf"{word_pattern(text)}|[{BREAKS}]"
+    ends = np.array([match.span() for match in matches], dtype=int).reshape(-1, 2)
+    return np.array(words, dtype=int)[codes[kept]], lines[kept], ends[kept], len(places)
 
 
 def plain_word(word):
     """A word as it looks, without case, inner points and hyphens; i, l and 1 are one, as are o
     and 0."""
-    return "".join(filter(str.isalnum, unmask(word).casefold())).translate(
-        {ord("i"): "l", ord("1"): "l", ord("0"): "o"})
+    letters = "".join(filter(str.isalnum, unmask(word).casefold()))
+    return letters.translate(str.maketrans("i10", "llo"))
 
 
 def number_spans(ids, n):
@@ -198,10 +194,9 @@ def copied_words(ids, n=NGRAM):
     if len(ids) < n:
         return np.zeros(len(ids), dtype=bool)
     spans = number_spans(ids, n)
-    first = np.empty_like(spans)
-    first[spans[::-1]] = np.arange(len(spans))[::-1]  # the last to be written stays
-    edges = np.zeros(len(ids) + 1, dtype=int)
+    first = np.unique(spans, return_index=True)[1]
     is_copy = first[spans] < np.arange(len(spans))
+    edges = np.zeros(len(ids) + 1, dtype=int)
     edges[:len(spans)] += is_copy
     edges[n:] -= is_copy
     return edges[:-1].cumsum() > 0
@@ -210,8 +205,6 @@ def copied_words(ids, n=NGRAM):
 def cut_pieces(lines):
     """The piece (N,) that each word is of: paragraphs, and equal parts of those over PIECE words;
     -1 for paragraphs under PARAGRAPH words."""
-    if not len(lines):
-        return lines
     _, starts, paragraph, sizes = np.unique(lines, return_index=True, return_inverse=True,
                                             return_counts=True)
     parts = -(-sizes // PIECE)
@@ -235,7 +228,8 @@ def similarities(ids, pieces, copied):
         return best
     spans, owner = number_spans(ids, 2), pieces[pairs]
     sizes, starts = np.bincount(owner), np.zeros(len(best), dtype=int)
-    starts[owner[::-1]] = pairs[::-1]
+    used, at = np.unique(owner, return_index=True)
+    starts[used] = pairs[at]
     is_free = ~(copied[pairs] & copied[pairs + 1])
     free = np.bincount(owner[is_free], minlength=len(best))
     uses = np.sort(spans * N + np.arange(len(spans)))  # by span, then by place
@@ -251,78 +245,41 @@ def similarities(ids, pieces, copied):
     return np.where(free < sizes / 2, 1, np.maximum(best - CHANCE, 0) / np.maximum(free, 1))
 
 
-def similar_words(ids, lines, copied):
-    """Whether each word is in a paragraph, or piece of one, that resembles an earlier stretch."""
-    pieces = cut_pieces(lines)
-    is_alike = np.append(similarities(ids, pieces, copied) >= ALIKE, False)  # -1 reads the last
-    return is_alike[pieces]
-
-
-def find_copies(text):
-    """{"words": of the text, "spans": share of its words inside copied spans, "paragraphs": share
-    inside similar paragraphs, "runs": [(first, last)] tokens of what is either}."""
-    ids, lines, places, num_words = read_words(text)
-    copied = copied_words(ids)
-    similar = similar_words(ids, lines, copied)
-    edges = np.flatnonzero(np.diff(copied | similar, prepend=False, append=False))
-    total = max(1, len(ids))
-    return {"words": num_words, "spans": copied.sum() / total, "paragraphs": similar.sum() / total,
-            "runs": [*zip(places[edges[::2]], places[edges[1::2] - 1])]}
-
-
-def copied_share(text):
-    """Share of the text's words inside a span of NGRAM words that occurs earlier in it."""
-    return float(find_copies(text)["spans"])
-
-
-def penalty_of(copies):
-    share = max(copies["spans"], copies["paragraphs"])
-    return float(np.clip((share - DEAD_ZONE) / (FULL - DEAD_ZONE), 0, 1))
-
-
-def repetition_penalty(text):
-    """0 for text that does not copy itself, 1 from a copied share of FULL on."""
-    return penalty_of(find_copies(text))
-
-
-def raw_places(text):
-    """Where in the text each character of normalise_text(text) comes from, then its end (n+1,).
-    What combines with the character before it is normalised with it."""
-    joined = "".join(c for c in set(text) if joins_the_last(c))
-    pattern = rf"[\x00-\x7f]+(?![{joined}])|.[{joined}]*" if joined else r"[\x00-\x7f]+|."
-    clusters = re.findall(pattern, text, re.DOTALL)
-    known = {cluster: len(normalise_text(cluster)) for cluster in set(clusters)}
-    sizes = np.array([known[cluster] for cluster in clusters], dtype=int)
-    lengths = np.array([len(cluster) for cluster in clusters], dtype=int)
-    within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
-    starts = np.repeat(lengths.cumsum() - lengths, sizes)
-    places = starts + np.minimum(within, np.repeat(lengths, sizes) - 1)
-    return np.append(places, len(text)).tolist()
-
-
 def joins_the_last(character):
     first = unicodedata.normalize("NFKD", character)[0]
     return unicodedata.category(first) in ("Mn", "Mc", "Me", "Cf") or "\u1160" <= first <= "\u11ff"
 
 
-def spans_of(text, runs):
-    """[(start, end)] characters of the text, end not included, of runs of its tokens."""
-    if not runs:
-        return []
-    normal = normalise_text(text)
-    tokens = [match.span() for match in re.finditer(token_pattern(normal), normal)]
-    places = range(len(text) + 1) if normal == text else raw_places(text)
-    return [(places[tokens[first][0]], places[tokens[last][1]]) for first, last in runs]
+def raw_places(text):
+    """Where in the text each character of normalise_text(text) comes from, then its end (n+1,).
+    What combines with the character before it is normalised with it."""
+    joined = "".join(filter(joins_the_last, set(text)))
+    pattern = rf"[\x00-\x7f]+(?![{joined}])|.[{joined}]*" if joined else r"[\x00-\x7f]+|."
+    size = functools.cache(lambda cluster: len(normalise_text(cluster)))
+    return [found.start() + min(place, len(found[0]) - 1)
+            for found in re.finditer(pattern, text, re.DOTALL)
+            for place in range(size(found[0]))] + [len(text)]
 
 
-def copied_spans(text):
-    """[(start, end)] of the characters that repetition_penalty counts as copied."""
-    return spans_of(text, find_copies(text)["runs"])
+def find_copies(text):
+    """{"words": of the text, "spans": share of its words inside copied spans, "paragraphs": share
+    inside similar paragraphs, "copied": [(start, end)] characters of what is either}."""
+    ids, lines, ends, num_words = read_words(text)
+    copied, pieces = copied_words(ids), cut_pieces(lines)
+    is_alike = np.append(similarities(ids, pieces, copied) >= ALIKE, False)  # -1 reads the last
+    similar, total = is_alike[pieces], max(1, len(ids))
+    edges = np.flatnonzero(np.diff(copied | similar, prepend=False, append=False))
+    runs = np.stack([ends[edges[::2], 0], ends[edges[1::2] - 1, 1]], 1)
+    if len(runs) and normalise_text(text) != text:
+        runs = np.array(raw_places(text))[runs]
+    return {"words": num_words, "spans": copied.sum() / total, "paragraphs": similar.sum() / total,
+            "copied": [*map(tuple, runs.tolist())]}
 
 
-def copies_reason(copies):
-    kind = max("spans", "paragraphs", key=copies.get)
-    return f"{copies[kind]:.0%} of the words in copied {kind}"
+def penalty_of(copies):
+    """0 for a text that does not copy itself, 1 from a copied share of FULL on."""
+    share = max(copies["spans"], copies["paragraphs"])
+    return float(np.clip((share - DEAD_ZONE) / (FULL - DEAD_ZONE), 0, 1))
 
 
 def rule_rewards(completion, length, template="think", length_max=2.0, is_truncated=False):
@@ -331,12 +288,13 @@ def rule_rewards(completion, length, template="think", length_max=2.0, is_trunca
     answer = find_answer(completion, template)
     copies = find_copies(answer)
     words, penalty = copies["words"], penalty_of(copies)
+    kind = max("spans", "paragraphs", key=copies.get)
     fault = format_fault(completion, template) or "no words" * (not words) \
         or "cut at the token limit" * is_truncated
     return {"length": length_reward(words, *length, length_max) if words else 0.0,
             "format": 0.0 if fault else 1 - penalty, "repetition": penalty, "words": words,
-            "answer": answer, "copied": spans_of(answer, copies["runs"]),
-            "reason": fault or copies_reason(copies) * (penalty > 0)}
+            "answer": answer, "copied": copies["copied"], "reason": fault or (
+                f"{copies[kind]:.0%} of the words in copied {kind}" if penalty else "")}
 
 
 # ---------------------------------------------------------------- writing
@@ -344,9 +302,9 @@ def rule_rewards(completion, length, template="think", length_max=2.0, is_trunca
 def judged_tokens(tokenizer, texts, max_len):
     """[(tokens that a reward model reads, whether they had to be cut)] of [(prompt, answer)]. A
     folder's own chat template wins; the last token is always the one that ends the assistant's
-    turn."""
-    turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-             for prompt, answer in texts]
+    turn, and none within a text is: a control token that it spells is broken by a space."""
+    turns = [[{"role": role, "content": text.replace("<|", "< |")}
+              for role, text in zip(("user", "assistant"), pair)] for pair in texts]
     rendered = [render_chat(tokenizer, turn, False).rstrip() for turn in turns]
     found = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] \
         if rendered else []  # on all cores
@@ -356,9 +314,9 @@ def judged_tokens(tokenizer, texts, max_len):
 
 def score_packed(model, sequences, device):
     """Scores (S,) of sequences of tokens, in one forward pass."""
-    sizes = torch.tensor([0] + [len(tokens) for tokens in sequences])
-    tokens = torch.tensor(np.concatenate(sequences), dtype=torch.long, device=device)
-    return model(tokens, sizes.cumsum(0).to(device, torch.int32))
+    cu_seqlens = np.cumsum([0, *map(len, sequences)])
+    return model(torch.tensor(np.concatenate(sequences), dtype=torch.long, device=device),
+                 torch.tensor(cu_seqlens, dtype=torch.int32, device=device))
 
 
 def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None):
@@ -368,15 +326,16 @@ def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None
     lengths = np.array([len(tokens) for tokens in sequences], dtype=int).reshape(-1, together)
     costs = (lengths * flops_per_token(model.config, lengths)).sum(1)
     packs = make_packs(lengths.sum(1), costs, ranks.world, micro_tokens)[ranks.rank::ranks.world]
-    found = []
+    places, found = [], []
     for pack in packs:
-        part = [sequences[together * place + i] for place in pack for i in range(together)]
+        mine = [together * place + i for place in pack for i in range(together)]
+        part = [sequences[place] for place in mine]
         with torch.set_grad_enabled(loss is not None):  # a rank without work takes part
             scores = score_packed(model, part or [[0]], ranks.device)[:len(part)]
         if loss:  # FSDP averages over ranks; the loss is a sum
             (loss(scores.view(-1, together)) * ranks.world).backward()
+        places += mine
         found.append(scores.detach())
-    places = [together * place + i for pack in packs for place in pack for i in range(together)]
     scored = ranks.gather(list(zip(places, torch.cat(found).tolist())))
     return [score for _, score in sorted(scored)]
 
@@ -475,7 +434,7 @@ def find_lines(reply, fields):
     found = {}
     for name, allowed in fields.items():
         pattern = (rf"(?:^[\s*#>-]*(?:final\s+|overall\s+)?|[{{,]\s*[\"'])\b{re.escape(name)}\b"
-                   r"[\"'*]*\s*[:=][\s\"'*\[]*([^\s,;\"'*\]}]+)")
+                   r"[\"'*]*\s*[:=：][\s\"'*\[]*([^\s,;\"'*\]}]+)")
         for match in re.finditer(pattern, reply, re.IGNORECASE | re.MULTILINE):
             found[name] = match[1].rstrip(".")
             if isinstance(allowed, range):
@@ -524,15 +483,15 @@ def read_verdict(reply, fields):
 
 
 def read_reason(reply):
-    """The reason that a judge gives beside its verdict, or all that it says."""
-    objects = [found for found in find_objects(reply) if isinstance(found.get("reason"), str)]
+    """The reason that a judge gives last, or all that it says."""
+    objects = [found for found in find_objects(reply[-MAX_REPLY:])
+               if isinstance(found.get("reason"), str)]
     return objects[-1]["reason"] if objects else reply.strip()
 
 
 # ---------------------------------------------------------------- judge: the calls
 
 MAX_CALLS = 8   # for one answer; the pauses between them add up to about a minute
-PASSING = {408, 409, 425, 429}  # statuses that may pass, as all from 500 on may
 
 
 def is_url(name):
@@ -548,7 +507,7 @@ def read_body(body):
         message, usage = choice["message"], made.get("usage") or {}
         return {"reply": clean(message["content"] or ""),
                 "thinking": clean(message.get("reasoning_content") or ""),
-                "model": str(made.get("model")), "finish": str(choice.get("finish_reason")),
+                "model": str(made.get("model")), "finish": str(choice.get("finish_reason") or ""),
                 "tokens": [usage.get("prompt_tokens"), usage.get("completion_tokens")]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {"error": f"not a chat completion: {clean(body)[:60]!r}"}
@@ -624,7 +583,7 @@ class Endpoint:
             wait = min(60.0, float(after)) if re.fullmatch(r"\d+(\.\d+)?", after) else 0.0
             said = " ".join(clean(error.response.text).split())[:80]
             row = {"error": f"status {code}: {said}", "is_mistake": code in (401, 403, 404)}
-            return row, wait if code in PASSING or code >= 500 else None
+            return row, wait if code in (408, 409, 425, 429) or code >= 500 else None  # may pass
 
 
 class Cache:
@@ -669,7 +628,8 @@ class Cache:
         for key in keys.values():
             if key in self.known:
                 show(self.known[key])
-        self.source.complete(texts, list(jobs.values()), keep)
+        if jobs:  # the same on all ranks
+            self.source.complete(texts, list(jobs.values()), keep)
         found = {row["key"]: row for row in (self.ranks.gather(new) if self.ranks else new)}
         self.known |= {key: row for key, row in found.items() if "error" not in row}
         return [self.known.get(key) or found[key] for key in keys.values()]
@@ -689,11 +649,10 @@ class Verdict(NamedTuple):
 
 
 class Judge:
-    """A model that is asked for verdicts. failures counts why texts stayed unscored."""
+    """A model that is asked for verdicts; `verdicts` are those of the last scores."""
 
     def __init__(self, source, path, ranks=None):
-        self.cache = Cache(source, path, ranks)
-        self.failures, self.verdicts = collections.Counter(), []
+        self.cache, self.verdicts = Cache(source, path, ranks), []
 
     def ask(self, questions, **options):
         """A Verdict for each (text, fields); a reply without one gives way to a fresh one, up to
@@ -706,7 +665,6 @@ class Judge:
                 verdicts[place] = self.read(row, questions[place][1])
             left = [place for place, row in zip(left, rows)
                     if "error" not in row and not verdicts[place].values]
-        self.failures.update(v.reason.split(":")[0] for v in verdicts if not v.values)
         return verdicts
 
     def read(self, row, fields):
@@ -735,6 +693,27 @@ def open_writing(name, ranks, judge_model, path, concurrency):
     if is_url(name):
         return Judge(Endpoint(name, judge_model, concurrency=concurrency), path)
     return WritingModel(name, ranks)
+
+
+def score_responses(rows, writing, template, length_max):
+    """What rule_rewards tells of each row {"prompt", "response", "completion", "length",
+    "finish"}, with "writing", the judge's reason under "said", the "prompt" and the "asked"
+    length; NaN where nobody can tell."""
+    scores, reasons = [math.nan] * len(rows), [""] * len(rows)
+    if writing:
+        scores = writing.score([row["prompt"] or "" for row in rows],
+                               [row["response"] for row in rows])
+        reasons = [v.reason for v in getattr(writing, "verdicts", [])] or reasons
+    scored = []
+    for row, score, reason in zip(rows, scores, reasons):
+        asked, completion = row["length"], row.get("completion")
+        rewards = rule_rewards(completion or row["response"], asked or [0, math.inf],
+                               template if completion else "chat", length_max,
+                               row.get("finish") == "length")
+        scored.append(rewards | {"prompt": row["prompt"], "asked": asked, "writing": score,
+                                 "said": reason, "completion": completion,
+                                 "length": rewards["length"] if asked else math.nan})
+    return scored
 
 
 # ---------------------------------------------------------------- pages: texts to look at
@@ -809,31 +788,29 @@ def bar(value, low, high, least, most):
     return tag("span", tag("i", style=style[0]), tag("b", style=style[1]), class_="bar")
 
 
-def scatter(points, x_name, y_name, size=(440, 300)):
-    """points {name: [(x, y)]} on logarithmic axes of one scale, the diagonal drawn; 0 is at the
-    edge."""
+def scatter(points):
+    """Words {name: [(asked, written)]} on logarithmic axes of one scale, the diagonal drawn; 0 is
+    at the edge."""
+    left, right, top, bottom = 48, 412, 8, 264
     every = [max(1, x) for pairs in points.values() for pair in pairs for x in pair] or [1]
-    low, high = (math.log10(every[0]) for every in ([min(every)], [max(every) * 1.1 + 1]))
-    place = lambda x: (math.log10(max(1, x, 10 ** low)) - low) / (high - low)
-    left, bottom = 48, size[1] - 36
-    at = lambda x, y: (left + place(x) * (size[0] - left - 28), bottom - place(y) * (bottom - 8))
-    parts = []
+    low, high = math.log10(min(every)), math.log10(max(every) * 1.1 + 1)
+    place = lambda x: (math.log10(max(x, 10 ** low)) - low) / (high - low)
+    at = lambda x, y: (left + place(x) * (right - left), bottom - place(y) * (bottom - top))
+    parts = [tag("line", x1=left, y1=bottom, x2=right, y2=top, stroke_dasharray="4"),
+             tag("text", "asked", x=220, y=294, text_anchor="middle"),
+             tag("text", "written", x=left, y=6, dominant_baseline="middle")]
     for tick in [d * 10 ** e for e in range(8) for d in ((1, 2, 5) if high - low < 2 else (1,))]:
         if low <= math.log10(tick) <= high:
-            (x, y), (end, top) = at(tick, tick), at(10 ** high, 10 ** high)
-            parts += [tag("line", x1=f"{x:.0f}", x2=f"{x:.0f}", y1=bottom, y2=f"{top:.0f}"),
-                      tag("line", x1=left, x2=f"{end:.0f}", y1=f"{y:.0f}", y2=f"{y:.0f}"),
-                      tag("text", f"{tick:,}", x=f"{x:.0f}", y=bottom + 14, text_anchor="middle"),
-                      tag("text", f"{tick:,}", x=left - 4, y=f"{y + 4:.0f}", text_anchor="end")]
-    (x1, y1), (x2, y2) = at(10 ** low, 10 ** low), at(10 ** high, 10 ** high)
-    parts += [tag("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke_dasharray="4"),
-              tag("text", x_name, x=size[0] / 2, y=size[1] - 6, text_anchor="middle"),
-              tag("text", y_name, x=left, y=6, dominant_baseline="middle")]
+            x, y = (round(part) for part in at(tick, tick))
+            parts += [tag("line", x1=x, x2=x, y1=bottom, y2=top),
+                      tag("line", x1=left, x2=right, y1=y, y2=y),
+                      tag("text", f"{tick:,}", x=x, y=bottom + 14, text_anchor="middle"),
+                      tag("text", f"{tick:,}", x=left - 4, y=y + 4, text_anchor="end")]
     for number, (name, pairs) in enumerate(points.items()):
         dots = [tag("circle", tag("title", f"{name}: {x:,} asked, {y:,} written"), r=3,
                     cx=f"{at(x, y)[0]:.1f}", cy=f"{at(x, y)[1]:.1f}") for x, y in pairs]
         parts.append(tag("g", *dots, style=f"fill:var(--c{number % 6})", fill_opacity=0.7))
-    return tag("svg", *parts, viewBox=f"0 0 {size[0]} {size[1]}", width=size[0])
+    return tag("svg", *parts, viewBox="0 0 440 300", width=440)
 
 
 # ---------------------------------------------------------------- Bradley-Terry training
@@ -850,19 +827,16 @@ def tokenise_pairs(rows, tokenizer, max_len, ranks, name, batch=64):
     """[(chosen tokens, rejected tokens)] of rows (prompt, chosen, rejected), and the share of
     texts that had to be cut. Each rank reads its share; a text that is in many pairs is read
     once. Collective."""
-    places = {text: place for place, text in enumerate(dict.fromkeys(
-        (prompt, answer) for prompt, *answers in rows for answer in answers))}
-    texts, found = list(places), {}
-    with tqdm(total=len(texts), desc=f"tokens of {Path(name).name}", unit=" texts",
-              disable=ranks.rank > 0) as bar:
-        for start in range(0, len(texts), batch * ranks.world):
-            end = min(start + batch * ranks.world, len(texts))
-            mine = range(start + ranks.rank, end, ranks.world)
-            tokens = judged_tokens(tokenizer, [texts[place] for place in mine], max_len)
-            found |= ranks.gather(list(zip(mine, tokens)))
-            bar.update(end - start)
-    pairs = [[found[places[prompt, answer]][0] for answer in answers] for prompt, *answers in rows]
-    return pairs, sum(is_cut for _, is_cut in found.values()) / len(found)
+    texts = list(dict.fromkeys(
+        (prompt, answer) for prompt, *answers in rows for answer in answers))
+    read = []
+    for start in tqdm(range(0, len(texts), batch * ranks.world), f"tokens of {Path(name).name}",
+                      unit=" batches", disable=ranks.rank > 0):
+        start += batch * ranks.rank
+        read += ranks.gather(judged_tokens(tokenizer, texts[start:start + batch], max_len))
+    found = dict(zip(texts, read))
+    pairs = [[found[prompt, answer][0] for answer in answers] for prompt, *answers in rows]
+    return pairs, sum(is_cut for _, is_cut in read) / len(read)
 
 
 def bradley_terry(scores_P2, centre):
@@ -899,7 +873,7 @@ def length_ratios(rows):
 
 def ratio_buckets(ratios):
     """{name: (P,) mask} of pairs by length ratio, and of those whose chosen is the shorter."""
-    edges = [0, *RATIOS, math.inf]
+    edges = [0, 0.5, 0.8, 1.25, 2, math.inf]
     return {"chosen_shorter": ratios < 1} | {
         f"ratio_{low:g}_to_{high:g}": (low <= ratios) & (ratios < high)
         for low, high in zip(edges, edges[1:])}
@@ -917,10 +891,9 @@ def val_row(scores_P2, ratios, centre):
 
 def print_accuracies(log, ratios):
     """The last evaluation of a run, if it came to one, as a table."""
-    rows = [row for row in read_done(log) if "val_loss" in row]
-    if not rows:
+    row = next((row for row in read_done(log)[::-1] if "val_loss" in row), None)
+    if row is None:
         return
-    row = rows[-1]
     counts = {f"val_accuracy/{name}": int(mask.sum())
               for name, mask in ratio_buckets(ratios).items()}
     print(f"\n{'step ' + str(row['step']):<34}{'pairs':>8}{'':>10}")
@@ -942,6 +915,8 @@ def scorer_config(folder, config, tokenizer):
 
 
 def train_reward_model(config):
+    if not config["pairs"]:
+        raise InputError("pairs: expected a file of pairs to train on, found none")
     ranks = setup()
     _, found = load_config(config["model"])
     tokenizer = load_tokenizer(config["model"])
@@ -982,30 +957,15 @@ COLUMNS = ("words", *COMPONENTS, "repetition")
 
 
 def response_row(row, number):
+    """A row of responses, or ValueError: what it says of its prompt may be left out or null."""
     if not isinstance(row.get("index"), (str, int)) or not isinstance(row.get("response"), str):
         raise ValueError(f"expected index and a text under response, found {sorted(row)}")
+    for key in "prompt", "completion", "finish":
+        if not isinstance(row.get(key) or "", str):
+            raise ValueError(f"expected a text under {key}, found {row[key]!r}")
     if row.get("length"):
         prompt_row({"prompt": "any", "length": row["length"]}, number, {})  # raises ValueError
-    return row
-
-
-def score_responses(rows, prompts, known, writing, config):
-    """What rule_rewards tells of each response, with "writing", the judge's reason under "said",
-    and its "prompt" and "asked" length; NaN where nobody can tell."""
-    scores = writing.score(prompts, [row["response"] for row in rows]) if writing else []
-    reasons = [v.reason for v in getattr(writing, "verdicts", [])]  # a judge gives some
-    scored = []
-    for number, row in enumerate(rows):
-        length = known.get(row["index"], row).get("length")
-        rewards = rule_rewards(row.get("completion") or row["response"], length or [0, math.inf],
-                               config["template"] if row.get("completion") else "chat",
-                               config["length_max"], row.get("finish") == "length")
-        scored.append(rewards | {
-            "prompt": prompts[number], "asked": length,
-            "length": rewards["length"] if length else math.nan,
-            "writing": scores[number] if scores else math.nan,
-            "said": reasons[number] if reasons else ""})
-    return scored
+    return {key: clean(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def shown(value):
@@ -1021,21 +981,28 @@ def text_block(name, rewards):
     told = [tag("p", tag("b", f"{key} {shown(rewards[key])}"), " ", reason)
             for key, reason in reasons.items() if reason]
     return tag("details", tag("summary", tag("b", name), " ", tag("small", values)),
-               tag("p", rewards["prompt"], class_="soft"), *told,
+               tag("p", rewards["prompt"] or "", class_="soft"), *told,
                marked(rewards["answer"], rewards["copied"]))
 
 
 def print_components(config):
     """Every component of every response, as a table and as a page."""
-    rows = load_rows(config["responses"], response_row)
-    known = {row["id"]: row for row in load_prompts(config["prompts"])} if config["prompts"] else {}
-    prompts = [known.get(row["index"], row).get("prompt") or "" for row in rows]
     path, writing, ranks = Path(config["out"]) / "page.html", None, setup()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={config['out']}: cannot be made: {error.strerror}") from None
+    rows = load_rows(config["responses"], response_row)
+    known = {str(row["id"]): {key: value for key, value in row.items() if value is not None}
+             for row in (load_prompts(config["prompts"]) if config["prompts"] else [])}
+    rows = [{"prompt": None, "length": None} | row | known.get(str(row["index"]), {})
+            for row in rows]
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
         writing = open_writing(config["model"], ranks, config["judge_model"],
                                path.with_name("judge.jsonl"), config["concurrency"])
     mine = slice(*(len(rows) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1)))
-    scored = ranks.gather(score_responses(rows[mine], prompts[mine], known, writing, config))
+    scored = ranks.gather(score_responses(rows[mine], writing, config["template"],
+                                          config["length_max"]))
     if ranks.rank:
         return
     values = [[float(rewards[key]) for key in COLUMNS] for rewards in scored]
@@ -1044,11 +1011,14 @@ def print_components(config):
     for name, part in zip([row["index"] for row in rows] + ["mean"], values + [means]):
         print(f"{name!s:<12}{part[0]:>12.0f}" + "".join(f"{value:>12.3f}" for value in part[1:]))
     blocks = [text_block(row["index"], rewards) for row, rewards in zip(rows, scored)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page("Texts and their rewards", tag(
         "p", f"{len(rows)} texts, what they copy from themselves highlighted.", class_="soft"),
         table(["", *COLUMNS], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks),
         encoding="utf-8")
+    alone = sum(not row["prompt"] for row in rows)
+    if writing and alone:
+        print(f"{alone} of {len(rows)} texts were read without a prompt: none in their rows, nor "
+              f"in prompts={config['prompts']}")
     print(f"texts and reasons: {path}")
 
 

@@ -40,7 +40,8 @@ from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
 from model import (SHARE_SECONDS, WHOLE, InputError, has_decode_kernel, head_size, join_share,
-                   load_for_sampling, open_folder, parse_config, script, setup, split_config)
+                   load_for_sampling, open_folder, parse_config, print_once, script, setup,
+                   split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -128,7 +129,7 @@ def checked_rows(path, check):
     if len(bad) > 0.01 * num_rows:
         raise InputError(f"{bad[0]} ({len(bad)} of {num_rows} rows are bad; at most 1% may be)")
     for line in bad:
-        print(f"skipped {line}")
+        print_once(f"skipped {line}")
 
 
 def load_rows(path, check):
@@ -262,7 +263,10 @@ def render_chat(tokenizer, turns, to_answer):
 def apply_template(tokenizer, template, prompt):
     """The text that the model goes on from."""
     if template == "chat":
-        return render_chat(tokenizer, [{"role": "user", "content": prompt}], True)
+        try:
+            return render_chat(tokenizer, [{"role": "user", "content": prompt}], True)
+        except ValueError as error:
+            raise InputError(f"template=chat: {error}") from None
     texts = TEMPLATES_CHINESE if has_han(prompt) else TEMPLATES
     return texts[template].replace("{prompt}", prompt)
 
