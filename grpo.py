@@ -19,6 +19,7 @@ Where the paper (arXiv:2506.18841) is silent or differs:
    cap a place that the policy never learns to leave.
 5. A judge that fails leaves a sample unscored (NaN): out of its group's mean, advantage 0.
 """
+import itertools
 import json
 import math
 import os
@@ -112,30 +113,6 @@ def drop_unreachable(rows, tokenizer, max_tokens, is_main):
 
 # ---------------------------------------------------------------- roll out and score
 
-def roll_out(sampler, prompts, rows, stops, ranks, run, bar, num_samples, slots, **options):
-    """All ranks' completions in order of prompt and sample; None when a rank has to stop."""
-    longest_first = sorted(range(len(rows)), key=lambda p: -rows[p]["length"][1])
-    jobs = [(p, sample) for p in longest_first for sample in range(num_samples)]
-    shown = 0.0
-
-    def on_look(engine):
-        nonlocal shown
-        if time.time() - shown > 0.5:
-            shown = time.time()
-            bar.set_description_str(f"sampling {engine.progress()}")
-        return run.wants_stop()
-
-    run.rollouts += 1
-    work = deal(jobs, ranks, max(slots, MIN_ROWS), f"rollout/{run.rollouts}", sampler.share)
-    completions = list(generate(sampler, prompts, work, stops, slots=slots, on_look=on_look,
-                                **options))
-    bar.set_description_str("")
-    if run.ranks.any(run.wants_stop()):
-        return None
-    mine = [] if sampler.share.rank else completions  # ranks that share a model have the same
-    return sorted(ranks.gather(mine), key=lambda c: (c.prompt, c.sample))
-
-
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
     """What score_responses tells of each completion, with its place; writing is 0 without a
     judge."""
@@ -152,15 +129,13 @@ def score(completions, rows, tokenizer, judge, ranks, template, length_max):
 
 def replace_groups(batch, dead, prompts, completions, scored):
     """A batch (prompts, completions, scores) whose groups `dead` are those of other prompts."""
-    kept = [i for i, c in enumerate(batch[1]) if c.prompt not in dead]
-    pairs = [(batch[1][i], batch[2][i]) for i in kept]
+    batch, num_samples = [list(part) for part in batch], len(completions) // len(dead)
     for c, rewards in zip(completions, scored):
         place = dead[c.prompt]
-        pairs.append((c._replace(prompt=place), rewards | {"place": (place, c.sample)}))
-    pairs.sort(key=lambda pair: pair[1]["place"])
-    others = dict(zip(dead, prompts))
-    return ([others.get(p, prompt) for p, prompt in enumerate(batch[0])],
-            *map(list, zip(*pairs)))
+        new = prompts[c.prompt], c._replace(prompt=place), rewards | {"place": (place, c.sample)}
+        i = place * num_samples + c.sample
+        batch[0][place], batch[1][i], batch[2][i] = new
+    return batch
 
 
 # ---------------------------------------------------------------- advantages and loss
@@ -177,7 +152,7 @@ def combine_advantages(rewards, weights, combine="advantages", divide_by_std=Tru
     """{component: (P, G) rewards} -> (P, G): the mean of the components' own advantages by weight;
     or, to compare with, the advantages of the weighted sum of rewards."""
     if combine == "rewards":
-        total = sum(weight * rewards[name] for name, weight in weights.items())
+        total = sum(weight * rewards[name] for name, weight in weights.items() if weight)
         return normalise(total, STD_FLOOR, divide_by_std)
     parts = []
     for name, weight in weights.items():
@@ -186,11 +161,6 @@ def combine_advantages(rewards, weights, combine="advantages", divide_by_std=Tru
         floor = max(0.5 * spread, 1e-6) if name == "writing" else STD_FLOOR
         parts.append(weight * normalise(rewards[name], floor, divide_by_std))
     return sum(parts) / sum(weights.values())
-
-
-def is_dead(advantages_PG):
-    """(P,) whether a group teaches nothing."""
-    return (advantages_PG == 0).all(1)
 
 
 def policy_loss(logprobs, sampled, advantages, weights, sequence, by_sequence, clip, ratio_cap,
@@ -204,9 +174,9 @@ def policy_loss(logprobs, sampled, advantages, weights, sequence, by_sequence, c
     the estimate k3 (http://joschu.net/blog/kl-approx.html), or None."""
     log_ratio = logprobs - sampled
     if by_sequence:
-        sums = log_ratio.new_zeros(2, sequence.max() + 1)
-        sums = sums.index_add(1, sequence, torch.stack([log_ratio, torch.ones_like(log_ratio)]))
-        log_ratio = (sums[0] / sums[1].clamp(min=1))[sequence]
+        means = log_ratio.new_zeros(sequence.max() + 1).scatter_reduce(
+            0, sequence, log_ratio, "mean", include_self=False)
+        log_ratio = means[sequence]
     ratio = log_ratio.exp()
     if clip:
         low, high = clip
@@ -272,7 +242,7 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
     sizes = np.array([len(s.prompt) + len(s.completion) for s in sequences])
     packs = make_packs(sizes, sizes * flops_per_token(model.config, sizes), ranks.world,
                        micro_tokens)
-    found = [], [], []
+    found = [(torch.zeros(0, device=ranks.device),) * 3]  # a rank may have no tokens
     fill = micro_tokens if ranks.device.type == "cuda" else 0  # one shape: nothing recompiles
     for pack in packs[ranks.rank::ranks.world]:
         tokens, cu_seqlens, targets, per_token = pack_tensors(
@@ -287,22 +257,23 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
                                   start, kl)
         (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
         if pack:
-            for values, new in zip(found, (entropy.detach()[is_target], *told)):
-                values.append(new)
-    return [torch.cat(values or [torch.zeros(0)]).cpu().numpy() for values in found]
+            found.append((entropy.detach()[is_target], *told))
+    return [torch.cat(values).cpu().numpy() for values in zip(*found)]
 
 
 # ---------------------------------------------------------------- what a step reports
 
 def reward_table(scored, num_samples):
-    """{component: (P, G) tensor} of scored completions in order."""
-    return {name: torch.tensor([rewards[name] for rewards in scored]).view(-1, num_samples)
+    """{component: (P, G)} of scored completions in order; in fp64 the mean of equal fp32 values is
+    their value, so that a group without spread has no advantages at all."""
+    return {name: torch.tensor([rewards[name] for rewards in scored]).double().view(-1, num_samples)
             for name in COMPONENTS}
 
 
 def mean_of(scored, key):
+    """Over those that have one; NaN when none has."""
     values = [rewards[key] for rewards in scored if not math.isnan(rewards[key])]
-    return sum(values) / max(1, len(values))
+    return sum(values) / len(values) if values else math.nan
 
 
 def spearman(x, y):
@@ -316,8 +287,7 @@ def spearman(x, y):
 
 def step_row(step, completions, scored, rewards, entropies, ratios):
     """The log row of update `step`, but for the times and the gradient."""
-    row = {"step": step}
-    row |= {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
+    row = {"step": step} | {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
     finished = [len(c.tokens) for c in completions if c.finish == "stop"]
     row |= {"words": mean_of(scored, "words"),
             "tokens": sum(len(c.tokens) for c in completions) / len(completions),
@@ -334,8 +304,8 @@ def step_row(step, completions, scored, rewards, entropies, ratios):
     return row
 
 
-def eval_row(scored, rows):
-    asked = [sum(rows[rewards["place"][0]]["length"]) / 2 for rewards in scored]
+def eval_row(scored):
+    asked = [sum(rewards["asked"]) / 2 for rewards in scored]
     return ({f"eval/{name}": mean_of(scored, name) for name in COMPONENTS}
             | {"eval/spearman": spearman(asked, [rewards["words"] for rewards in scored])})
 
@@ -344,7 +314,7 @@ def quality(row, is_judged):
     """What `best` goes by: the evaluated rewards, with writing brought to 0..1: a judge's grade of
     1 to 10, or a reward model's odds to beat a text of score 0."""
     score = row["eval/writing"]
-    writing = (score - 1) / 9 if is_judged else 1 / (1 + math.exp(-score))
+    writing = (score - 1) / 9 if is_judged else (1 + math.tanh(score / 2)) / 2
     return sum(row[f"eval/{name}"] for name in COMPONENTS if name != "writing") + writing
 
 
@@ -352,95 +322,78 @@ def save_samples(folder, step, completions, scored, rows):
     """samples/step-NNNNNN.jsonl: every evaluated completion with its rewards."""
     path = folder / "samples" / f"step-{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    lines = []
-    for c, rewards in zip(completions, scored):
-        row = rows[c.prompt]
-        lines.append({"index": row["id"], "sample": c.sample, "response": rewards["answer"],
-                      "completion": rewards["completion"], "prompt": row["prompt"],
-                      "length": row["length"], "finish": c.finish, "rewards": {
-                          key: rewards[key] for key in (*COMPONENTS, "repetition", "words")}})
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    lines = [{"index": rows[c.prompt]["id"], "sample": c.sample, "response": rewards["answer"],
+              "completion": rewards["completion"], "prompt": rewards["prompt"],
+              "length": rewards["asked"], "finish": c.finish,
+              "rewards": {key: None if math.isnan(rewards[key]) else rewards[key]
+                          for key in (*COMPONENTS, "repetition", "words")}}
+             for c, rewards in zip(completions, scored)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                    encoding="utf-8")
 
 
 def write_rollouts(path, step, scored):
     """A page of a batch: the best and the worst text by each reward."""
     blocks = []
     for name in COMPONENTS:
-        known = sorted((rewards for rewards in scored if not math.isnan(rewards[name])),
-                       key=lambda rewards: rewards[name])
-        for place, kind in ((-1, "best"), (0, "worst")):
-            blocks += [text_block(f"{name}, {kind}:", known[place])] if known else []
+        known = sorted((r for r in scored if not math.isnan(r[name])), key=lambda r: r[name])
+        for kind, chosen in (("best", known[-1:]), ("worst", known[:1])):
+            blocks += [text_block(f"{name}, {kind}:", rewards) for rewards in chosen]
     path.write_text(page(f"Rollouts of step {step}", *blocks), encoding="utf-8")
 
 
-def show_result(folder, width=100):
+def show_result(folder, column=48):
     """A table before and after, and three completions of held-out prompts side by side."""
     logged = [row for row in read_done(folder / "log.jsonl") if "eval/length" in row]
     files = sorted((folder / "samples").glob("step-*.jsonl"))
-    samples = [{(row["index"], row["sample"]): row for row in read_done(file)}
-               for file in (files[0], files[-1])]
+    samples = [read_done(file) for file in (files[0], files[-1])]
+    number = lambda value: math.nan if value is None else value  # JSON's null: nobody could tell
     print(f"\n{'held-out prompts':<22}{'step ' + str(logged[0]['step']):>12}"
           f"{'step ' + str(logged[-1]['step']):>12}")
     for key in [key for key in logged[0] if key.startswith("eval/")]:
-        print(f"{key:<22}{logged[0][key]:>12.3f}{logged[-1][key]:>12.3f}")
+        print(f"{key:<22}{number(logged[0][key]):>12.3f}{number(logged[-1][key]):>12.3f}")
     for key in ("words", "repetition"):
-        means = [sum(row["rewards"][key] for row in part.values()) / len(part) for part in samples]
+        means = [sum(row["rewards"][key] for row in part) / len(part) for part in samples]
         print(f"{key:<22}{means[0]:>12.3f}{means[1]:>12.3f}")
-    column = width // 2 - 2
-    first = [key for key in samples[0] if key[1] == 0 and key in samples[1]]
-    for key in first[::max(1, len(first) // 3)][:3]:
-        before, after = samples[0][key], samples[1][key]
-        print(f"\n{before['prompt']}")
+    pairs = [pair for pair in zip(*samples) if pair[0]["sample"] == 0]
+    for pair in pairs[::max(1, len(pairs) // 3)][:3]:
+        print(f"\n{pair[0]['prompt']}")
         texts = ["{words} words, length {length:.2f}, format {format:.2f}, writing {writing:.2f}"
-                 .format(**row["rewards"]) + "\n\n" + row["completion"].strip()
-                 for row in (before, after)]
-        wrapped = [[line for part in text.split("\n") for line in textwrap.wrap(part, column)]
-                   for text in texts]
-        for left, right in zip(*(w + [""] * (max(map(len, wrapped)) - len(w)) for w in wrapped)):
+                 .format(**{key: number(value) for key, value in row["rewards"].items()})
+                 + "\n\n" + row["completion"].strip() for row in pair]
+        wrapped = [[line for part in text.split("\n")
+                    for line in textwrap.wrap(part, column) or [""]] for text in texts]
+        for left, right in itertools.zip_longest(*wrapped, fillvalue=""):
             print(f"{left:<{column}} | {right}")
 
 
 # ---------------------------------------------------------------- the loop
 
-def alarm(counts, row, dead_groups, max_bad_steps):
-    """Count steps in a row that went wrong, in place; the reason to stop, or ""."""
-    wrong = {"most samples are truncated": (row["truncated"] > 0.5, ALARM_STEPS),
-             "most groups have equal rewards": (dead_groups > 0.5, ALARM_STEPS),
-             "the gradient is not finite": (not math.isfinite(row["grad_norm"]), max_bad_steps)}
-    for reason, (is_wrong, limit) in wrong.items():
-        counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
-        if counts[reason] >= limit:
-            return f"{reason}, {limit} steps in a row"
-    return ""
-
-
-def sampler_plan(config, gpus):
-    """({kind: bytes} that a GPU holds beside the trained model, bytes of a completion's cache)."""
-    held = sampling_plan(load_config(config["model"])[1], config["sample_tp"],
-                         config["max_tokens"] + PROMPT_TOKENS)
+def plan_sampling(config, gpus, memory, prompt_tokens=PROMPT_TOKENS):
+    """({kind: bytes} that a GPU holds beside the trained model, bytes of a completion's cache,
+    slots). Without slots in the config as many as all that leaves room for in a GPU's memory
+    (bytes), and no more than there are completions."""
+    if gpus % config["sample_tp"]:
+        raise InputError(f"sample_tp={config['sample_tp']}: expected a divisor of the {gpus} GPUs; "
+                         "for a plan, WORLD_SIZE says how many")
+    policy = load_config(config["model"])[1]
+    count, is_there = count_parameters(policy), not config["offload"]
+    held = sampling_plan(policy, config["sample_tp"], config["max_tokens"] + prompt_tokens)
     each = held.pop("cache of one completion")
     if config["reward_model"] and not is_url(config["reward_model"]):
         held["reward model"] = 2 * count_parameters(load_config(config["reward_model"])[1]) // gpus
-    return held, each
-
-
-def count_slots(config, gpus, memory):
-    """Completions that decode together in what the rest leaves of a GPU's memory (bytes), and no
-    more than there are."""
-    held, each = sampler_plan(config, gpus)
-    trained = 16 * count_parameters(load_config(config["model"])[1]) // gpus
-    slots = int((0.9 * memory - trained - sum(held.values()) - DECODE_ROOM) // each)
-    if slots < 1:
-        raise InputError(f"slots=0: expected room for a completion of {config['max_tokens']} "
-                         f"tokens, found {slots * each:,} bytes")
-    engines = gpus // config["sample_tp"]
-    return min(slots, -(-config["num_prompts"] * config["num_samples"] // engines))
-
-
-def fit_slots(config, ranks):
-    if ranks.device.type != "cuda":
-        raise InputError("slots=0: expected at least 1 without a GPU")
-    return count_slots(config, ranks.world, torch.cuda.mem_get_info()[1])
+    if config["kl"] and is_there:
+        held["the start, for kl"] = 4 * count // gpus
+    slots, engines = config["slots"], gpus // config["sample_tp"]
+    if not slots:
+        room = 0.9 * memory - 16 * count // gpus * is_there - sum(held.values()) - DECODE_ROOM
+        if room < MIN_ROWS * each:
+            raise InputError(f"slots=0: expected room for {MIN_ROWS} completions of "
+                             f"{config['max_tokens']} tokens, {MIN_ROWS * each:,} bytes, "
+                             f"found {int(room):,}")
+        most = -(-config["num_prompts"] * config["num_samples"] // engines)
+        slots = min(int(room // each), most)
+    return held, each, max(slots, MIN_ROWS)
 
 
 class Trainer:
@@ -449,14 +402,19 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks = config, ranks
         self.tokenizer = load_tokenizer(config["model"])
+        self.rows, self.prompts = self.load_prompts("prompts")
+        self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
         self.model = load_for_training(config, ranks)
         self.model.num_tokens = len(self.tokenizer)
         self.sampler = self.model  # one copy of the weights serves both on one CPU process
         share = join_share(ranks, config["sample_tp"])
         if ranks.world > 1 or ranks.device.type == "cuda":
             self.sampler, _ = load_for_sampling(config["model"], ranks, share)
-        self.slots = config["slots"] or fit_slots(config, ranks)
+        longest = max(map(len, self.prompts + self.eval_prompts))
+        memory = torch.cuda.mem_get_info()[1] if ranks.device.type == "cuda" else 0
+        self.slots = min(ranks.gather([plan_sampling(config, ranks.world, memory, longest)[2]]))
         self.sync = {}  # what the last bringing of weights took
+        self.rollouts, self.shown = 0, 0.0  # names in the store are used once; when shown last
         self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)
         self.reference = None
         if config["kl"]:
@@ -465,8 +423,6 @@ class Trainer:
         self.judge = config["reward_model"] and open_writing(
             config["reward_model"], ranks, config["judge_model"],
             f"{config['out']}/judge.jsonl", config["concurrency"])
-        self.rows, self.prompts = self.load_prompts("prompts")
-        self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
         self.optimizer = make_optimizer(self.model, config["weight_decay"], config["beta2"])
         self.run = Run(config, ranks)
         self.bar = tqdm(total=config["steps"], initial=self.run.step, unit="step",
@@ -480,8 +436,8 @@ class Trainer:
         if not rows:
             raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
                              f"{config['max_tokens']}, found none")
-        return rows, encode_prompts(self.tokenizer, config["template"], rows,
-                                    self.model.config["max_position_embeddings"],
+        context = load_config(config["model"])[1]["max_position_embeddings"]
+        return rows, encode_prompts(self.tokenizer, config["template"], rows, context,
                                     config["max_tokens"])
 
     def bring_weights(self):
@@ -489,8 +445,8 @@ class Trainer:
         what it took, for the log."""
         if self.sampler is self.model:
             return
-        is_cuda, start = self.ranks.device.type == "cuda", time.perf_counter()
         self.ranks.any(False)
+        is_cuda, start = self.ranks.device.type == "cuda", time.perf_counter()
         if is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -501,29 +457,43 @@ class Trainer:
             self.sync["gigabytes/sync"] = (torch.cuda.max_memory_allocated() - held) / 1e9
         self.sync["seconds/sync"] = time.perf_counter() - start
 
+    def on_look(self, engine):
+        """Show what the engine does; whether this rank has to stop."""
+        if time.time() - self.shown > 0.5:
+            self.shown = time.time()
+            self.bar.set_description_str(f"sampling {engine.progress()}")
+        return self.run.wants_stop()
+
     def roll_out(self, rows, prompts, num_samples, step, **sampling):
-        """(completions, their scores), or None when a rank has to stop."""
-        config = self.config
+        """(completions in order of prompt and sample, their scores), or None when a rank has to
+        stop."""
+        config, ranks, share = self.config, self.ranks, self.sampler.share
         self.bring_weights()
-        completions = roll_out(self.sampler, prompts, rows, self.stops, self.ranks, self.run,
-                               self.bar, num_samples, self.slots, seed=config["seed"],
-                               max_tokens=config["max_tokens"], step=step,
-                               compile_decode=config["compile_decode"], **sampling)
-        if self.ranks.device.type == "cuda":
+        longest_first = sorted(range(len(rows)), key=lambda p: -rows[p]["length"][1])
+        jobs = [(p, sample) for p in longest_first for sample in range(num_samples)]
+        self.rollouts += 1
+        work = deal(jobs, ranks, self.slots, f"rollout/{self.rollouts}", share)
+        completions = list(generate(
+            self.sampler, prompts, work, self.stops, config["max_tokens"], self.slots,
+            seed=config["seed"], step=step, compile_decode=config["compile_decode"],
+            on_look=self.on_look, **sampling))
+        self.bar.set_description_str("")
+        if ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache's memory is training's now
-        return completions and (completions, score(
-            completions, rows, self.tokenizer, self.judge, self.ranks, config["template"],
-            config["length_max"]))
+        if ranks.any(self.run.wants_stop()):
+            return None
+        mine = [] if share.rank else completions  # ranks that share a model have the same
+        completions = sorted(ranks.gather(mine), key=lambda c: (c.prompt, c.sample))
+        return completions, score(completions, rows, self.tokenizer, self.judge, ranks,
+                                  config["template"], config["length_max"])
 
     def evaluate(self, step):
         """eval/* on held-out prompts at temperature 1 with the same noise each time; the samples
         are saved. None when a rank has to stop."""
         found = self.roll_out(self.eval_rows, self.eval_prompts, EVAL_SAMPLES, 0)
-        if found is None:
-            return None
-        if self.run.is_main:
+        if found and self.run.is_main:
             save_samples(self.run.folder, step, *found, self.eval_rows)
-        return eval_row(found[1], self.eval_rows)
+        return found and eval_row(found[1])
 
     def sample_groups(self, places, step):
         """(prompts, completions, scores) of the prompts at these places, or None when a rank has
@@ -533,29 +503,26 @@ class Trainer:
             key: self.config[key] for key in ("temperature", "top_p", "top_k")})
         return found and (prompts, *found)
 
-    def advantages(self, rewards):
-        """(P, G) of {component: (P, G) rewards}, as the config combines them."""
-        return combine_advantages(rewards, self.config["weights"], self.config["combine"],
-                                  self.config["divide_by_std"])
-
     def sample_batch(self, step):
-        """As sample_groups, of a step; groups without any advantage give way to other prompts, up
-        to `resample` times."""
+        """(prompts, completions, scores, {component: (P, G) rewards}, advantages (P, G)) of a
+        step, or None when a rank has to stop; groups without any advantage give way to other
+        prompts, up to `resample` times."""
         config = self.config
         batch = self.sample_groups(draw_places(len(self.rows), config["num_prompts"], step,
                                                config["seed"]), step)
-        for attempt in range(config["resample"]):
+        for attempt in range(config["resample"] + 1):
             if batch is None:
-                break
+                return None
             rewards = reward_table(batch[2], config["num_samples"])
-            dead = is_dead(self.advantages(rewards)).nonzero()[:, 0].tolist()
-            if not dead:
-                break
+            advantages = combine_advantages(rewards, config["weights"], config["combine"],
+                                            config["divide_by_std"])
+            dead = (advantages == 0).all(1).nonzero()[:, 0].tolist()
+            if not dead or attempt == config["resample"]:
+                return *batch, rewards, advantages
             places = np.random.default_rng([config["seed"], step, attempt]).integers(
                 len(self.rows), size=len(dead))
             others = self.sample_groups(places, (step, attempt + 1))
             batch = others and replace_groups(batch, dead, *others)
-        return batch
 
     def update(self, step):
         """One step: the log row, or None when a rank has to stop before it."""
@@ -563,9 +530,7 @@ class Trainer:
         found = self.sample_batch(step)
         if found is None:
             return None
-        prompts, completions, scored = found
-        rewards = reward_table(scored, config["num_samples"])
-        advantages = self.advantages(rewards)
+        prompts, completions, scored, rewards, advantages = found
         sampled = time.perf_counter()
         lr = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                            config["schedule"])
@@ -590,9 +555,10 @@ class Trainer:
         row |= self.sync | {"grad_norm": sum(norms) / len(norms), "lr": lr,
                 "seconds/sample": sampled - start, "seconds/train": done - sampled,
                 "tokens_per_second": sum(len(c.tokens) for c in completions) / (done - start)}
-        dead = is_dead(advantages).float().mean().item()
-        self.run.state["alarm"] = alarm(self.run.state.setdefault("counts", {}), row, dead,
-                                        config["max_bad_steps"])
+        dead = (advantages == 0).all(1).float().mean().item()
+        self.run.state["alarm"] = self.run.count_bad(row, {
+            "most samples are truncated": (row["truncated"] > 0.5, ALARM_STEPS),
+            "most groups have equal rewards": (dead > 0.5, ALARM_STEPS)})
         return row
 
     def loop(self):
@@ -636,9 +602,8 @@ def plan(config):
     """Print what a run needs: every completion as long as it may be, as many as slots at once."""
     gpus, length = int(os.environ.get("WORLD_SIZE", 1)), config["max_tokens"]
     count = config["num_prompts"] * config["num_samples"]
-    held, each = sampler_plan(config, gpus)
-    slots = config["slots"] or count_slots(config, gpus, PLAN_MEMORY)
-    waves = -(-count // (slots * gpus // config["sample_tp"]))
+    held, each, slots = plan_sampling(config, gpus, PLAN_MEMORY)
+    waves = -(-count // (slots * (gpus // config["sample_tp"])))
     read = held["sampling weights"] + slots * each / 2  # half full on average
     print_plan(config, count * length, max(length, config["micro_tokens"]), length, held=held,
                sampling={f"cache of {slots} slots": slots * each},
@@ -664,9 +629,12 @@ def main(argv):
                          f"{config['num_prompts']}")
     if config["plan"]:
         return plan(config)
-    trainer = Trainer(config, setup())
+    ranks = setup()
+    if not config["slots"] and ranks.device.type != "cuda":
+        raise InputError("slots=0: expected at least 1 without a GPU")
+    trainer = Trainer(config, ranks)
     run = trainer.run
-    if run.step >= config["steps"]:
+    if run.step >= config["steps"] and "unlogged" not in run.state:
         if run.is_main:
             print(f"{run.folder}: finished at step {run.step}")
         return
@@ -678,7 +646,7 @@ def main(argv):
         run.ranks.any(False)  # rank 0 has drawn
         reason = f"stopped: {run.state['alarm']}; best is {run.folder}/best"
         sys.exit(reason if run.is_main else 1)
-    if run.is_main and step < config["steps"]:
+    if run.is_main and (step < config["steps"] or "unlogged" in run.state):
         print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
     elif run.is_main:
         show_result(run.folder)

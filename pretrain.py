@@ -46,7 +46,8 @@ from tqdm import tqdm
 from model import (InputError, count_parameters, flops_per_token, load_config,
                    load_for_training, load_tokenizer, open_folder, parse_config, print_table,
                    save_folder, script, setup, training_plan)
-from sample import apply_template, checked_rows, read_done, render_chat
+from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
+                    render_chat)
 
 TRAINING = dict(  # keys that every training script has
     resume=True,        # go on from out/latest; false refuses a folder that holds a run
@@ -130,11 +131,6 @@ def apply_gradient(model, optimizer, lr, clip):
 
 # ---------------------------------------------------------------- the run: log, checkpoints, ends
 
-def open_wandb(config):
-    import wandb
-    return wandb.init(project=Path(config["out"]).name, config=config)
-
-
 class Run:
     """A run's folder: where its log and checkpoints go, where it resumes, when it has to stop."""
 
@@ -146,21 +142,30 @@ class Run:
             raise InputError("wandb=true needs: pip install wandb")
         open_folder(config, ranks, MAY_DIFFER)
         self.start, self.stop_asked = time.time(), False
-        self.rollouts = 0  # so that their names in the store are used once
         latest = self.folder / "latest"
         if latest.is_symlink() and not latest.exists():
             raise InputError(f"{latest}: expected a checkpoint, found a link to "
                              f"{os.readlink(latest)}, which is not there; point it at another")
+        if latest.exists() and not latest.is_symlink():
+            raise InputError(f"{latest}: expected a link to a checkpoint, found a folder; name it "
+                             "checkpoint-NNNNNN, by its step, and link to that")
         self.checkpoint = latest.resolve() if latest.exists() else None
         self.state = {"step": 0}  # what a script saves beside the weights: small and JSON
         if self.checkpoint:
-            self.state = json.loads((self.checkpoint / "state" / "run.json").read_text())
+            told = self.checkpoint / "state" / "run.json"
+            if not told.exists():
+                raise InputError(f"{told}: expected what the run goes on from, found none; start "
+                                 f"another with model={self.checkpoint}")
+            self.state = json.loads(told.read_text())
         self.step = self.saved = self.state["step"]
         if self.is_main:
             self.cut_log()
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
-        self.wandb = open_wandb(config) if self.is_main and config["wandb"] else None
+        self.wandb = None
+        if self.is_main and config["wandb"]:
+            import wandb
+            self.wandb = wandb.init(project=self.folder.name, config=config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
@@ -192,10 +197,16 @@ class Run:
             if self.wandb:
                 self.wandb.log(row, step=row["step"])
 
-    def count_bad(self, is_bad):
-        """Whether too many steps in a row were bad, this one included."""
-        self.state["bad_steps"] = self.state.get("bad_steps", 0) + 1 if is_bad else 0
-        return self.state["bad_steps"] >= self.config["max_bad_steps"]
+    def count_bad(self, row, wrong={}):
+        """Why to stop after this row's step, or "": its gradient was not finite, or what else is
+        wrong, {reason: (whether it is so, limit)}, for `limit` steps in a row."""
+        counts, is_bad = self.state.setdefault("counts", {}), not math.isfinite(row["grad_norm"])
+        wrong = wrong | {"the gradient is not finite": (is_bad, self.config["max_bad_steps"])}
+        for reason, (is_wrong, limit) in wrong.items():
+            counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
+            if counts[reason] >= limit:
+                return f"{reason}, {limit} steps in a row"
+        return ""
 
     def restore(self, model, optimizer):
         """Load the fp32 weights and moments that the run goes on from; collective."""
@@ -236,13 +247,15 @@ class Run:
                 raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
                                  f"{cause_of(error)}; the checkpoint before is intact") from None
         if self.is_main:
+            self.state["step"] = step
             if aside.exists():
-                self.state["step"] = step
-                (aside / "state" / "run.json").write_text(json.dumps(self.state))
+                write_json(aside / "state" / "run.json", self.state)
                 sync_folder(aside)
                 if target.exists():  # of a run that went on from an earlier one
                     shutil.rmtree(target)
                 os.replace(aside, target)
+            else:  # its weights are there: only what is told of them is new
+                write_json(target / "state" / "run.json", self.state)
             for link in ["best", "latest"] if is_best else ["latest"]:
                 point_link(self.folder / link, target.name)
             self.prune()
@@ -268,6 +281,13 @@ def cause_of(error):
     failures = getattr(error, "failures", {})
     cause = next(iter(failures.values()))[0] if failures else error
     return str(cause) or type(cause).__name__
+
+
+def write_json(path, value):
+    """Write it aside and rename it: a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
 
 
 def sync_folder(folder):
@@ -365,14 +385,13 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
         row["tokens_per_second"] = tokens / seconds
         if run.ranks.device.type == "cuda":
             row["mfu"] = flops / seconds / (run.ranks.world * H100_FLOPS)
-        is_over = run.count_bad(not math.isfinite(row["grad_norm"]))
+        alarm = run.count_bad(row)
         if is_last or step % config["eval_every"] == 0:
             row |= validate()
         run.log(row)
-        if is_over:
+        if alarm:
             bar.close()
-            reason = (f"stopped: the gradient is not finite, {config['max_bad_steps']} steps in a "
-                      f"row; the last checkpoint is {run.folder}/latest")
+            reason = f"stopped: {alarm}; the last checkpoint is {run.folder}/latest"
             sys.exit(reason if run.is_main else 1)
         bar.update()
         shown = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
@@ -415,7 +434,7 @@ def row_parts(row, tokenizer):
     """[(text, is trained)] of a row: {"messages"}, {"prompt", "plan", "text"} (the prompt may be
     missing), {"prompt", "completion"} as they are, or {"text"}."""
     has = lambda *keys: all(isinstance(row.get(key), str) for key in keys)
-    if isinstance(row.get("messages"), list):
+    if isinstance(row.get("messages"), list) and (row["messages"] or not has("text")):
         return chat_parts(row["messages"], tokenizer)
     if has("plan", "text"):
         prompt = apply_template(tokenizer, "think", row["prompt"]) if has("prompt") else ""
@@ -429,20 +448,14 @@ def row_parts(row, tokenizer):
                      f'or "messages", found columns {sorted(row)}')
 
 
-def encodable(parts):
-    for text, _ in parts:
-        text.encode()  # half a surrogate pair is JSON, and no text
-    return parts
-
-
-def write_tokens(paths, tokenizer, folder, batch=1000):
+def write_tokens(paths, tokenizer, folder):
     """Tokenise files into folder/tokens.bin, int32, each document ended by end-of-text, ~token
     where it is not trained on; folder/ends.npy says where documents end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".tmp", dir=folder.parent))
     aside.chmod(0o755)  # a temporary folder is its owner's alone
     try:
-        fill_tokens(paths, tokenizer, aside, batch)
+        fill_tokens(paths, tokenizer, aside)
         os.replace(aside, folder)
     except OSError:
         if not folder.exists():  # else another run was faster, with the same tokens
@@ -451,21 +464,24 @@ def write_tokens(paths, tokenizer, folder, batch=1000):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def fill_tokens(paths, tokenizer, aside, batch):
+def fill_tokens(paths, tokenizer, aside):
     """The files of write_tokens, on the disk."""
+    def check(row, number):
+        parts = row_parts(row, tokenizer)
+        "".join(text for text, _ in parts).encode()  # half a surrogate pair is JSON, and no text
+        return parts
+
     ends, end = array("q", [0]), np.array([tokenizer.eos_token_id], dtype=np.int32)
-    check = lambda row, number: encodable(row_parts(row, tokenizer))
     rows = (parts for path in paths for parts in checked_rows(path, check))
     with open(aside / "tokens.bin", "wb") as file, tqdm(
             desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
-        while documents := list(itertools.islice(rows, batch)):
+        while documents := list(itertools.islice(rows, 1000)):
             texts = [text for parts in documents for text, _ in parts]
-            found = iter(tokenizer(texts, add_special_tokens=False,  # on all cores
-                                   verbose=False)["input_ids"])
+            found = (np.array(tokens, dtype=np.int32) for tokens in tokenizer(
+                texts, add_special_tokens=False, verbose=False)["input_ids"])  # on all cores
             for parts in documents:
-                pieces = [np.array(next(found), dtype=np.int32) for _ in parts]
                 pieces = [tokens if is_trained else ~tokens
-                          for tokens, (_, is_trained) in zip(pieces, parts)]
+                          for (_, is_trained), tokens in zip(parts, found)]
                 np.concatenate([*pieces, end]).tofile(file)
                 ends.append(ends[-1] + sum(map(len, pieces)) + 1)
             bar.update(len(documents))
@@ -494,7 +510,8 @@ def find_files(names):
 def content_key(paths, tokenizer):
     """Names what the files hold, as this tokenizer reads it."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
-    settings = [tokenizer.eos_token_id, tokenizer.chat_template, TOKENS_FORMAT]
+    settings = [tokenizer.eos_token_id, tokenizer.chat_template, TEMPLATES, TEMPLATES_CHINESE,
+                TOKENS_FORMAT]
     digest.update(repr(settings).encode())
     for path in paths:
         with open(path, "rb") as file:
@@ -564,15 +581,12 @@ class Mixture:
 
     def __init__(self, parts, weights):
         self.parts, self.weights = parts, np.array(weights) / sum(weights)
-        self.start()
-
-    def start(self):
-        self.num_drawn, self.counts = 0, np.zeros(len(self.parts), dtype=int)
+        self.num_drawn = math.inf  # the first row starts the count
 
     def row(self, number):
         """As Documents.row: of the part that is the furthest behind its share."""
         if number < self.num_drawn:
-            self.start()
+            self.num_drawn, self.counts = 0, np.zeros(len(self.parts), dtype=int)
         while self.num_drawn <= number:
             self.num_drawn += 1
             part = int((self.weights * self.num_drawn - self.counts).argmax())
@@ -584,13 +598,12 @@ def load_data(data, *options):
     """A Mixture of what data names: a file or glob, a list of them, or {file or glob: weight}."""
     if not data or not all(isinstance(name, str) for name in data):
         raise InputError(f"data={data}: expected files or globs")
-    if not isinstance(data, dict):
-        return Mixture([Documents(find_files(data), *options)], [1])
-    data = dict(sorted(data.items()))  # the same rows, in whatever order they are named
-    for name, weight in data.items():
+    # sorted: the same rows, in whatever order they are named
+    names, weights = zip(*sorted(data.items()) if isinstance(data, dict) else [(data, 1)])
+    for name, weight in zip(names, weights):
         if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
             raise InputError(f"data: {name}: expected a weight above 0, found {weight!r}")
-    return Mixture([Documents(find_files(name), *options) for name in data], [*data.values()])
+    return Mixture([Documents(find_files(name), *options) for name in names], weights)
 
 
 def to_pack(rows, device):
@@ -600,14 +613,6 @@ def to_pack(rows, device):
     return (torch.tensor(tokens, dtype=torch.long, device=device),
             torch.tensor(targets, dtype=torch.long, device=device),
             torch.tensor(cu_seqlens, dtype=torch.int32, device=device))
-
-
-def deal_evenly(items, ranks, size):
-    """This rank's share of items in parts of at most `size`, as many parts on each rank: the
-    collectives of FSDP must match. Some may be empty."""
-    mine = items[ranks.rank::ranks.world]
-    most = -(-len(items) // ranks.world)
-    return [mine[start:start + size] for start in range(0, most, size)]
 
 
 def draw_places(num_rows, count, step, seed):
@@ -645,8 +650,9 @@ def make_packs(sizes, costs, world, micro_tokens):
 
 def next_token_loss(model, data, numbers, ranks, micro_rows, train):
     """Mean loss over the targets of rows `numbers` on all ranks; with train, its gradient."""
-    parts = [[data.row(number) for number in part]
-             for part in deal_evenly(numbers, ranks, micro_rows)]
+    mine, most = numbers[ranks.rank::ranks.world], -(-len(numbers) // ranks.world)
+    parts = [[data.row(number) for number in mine[start:start + micro_rows]]
+             for start in range(0, most, micro_rows)]  # as many on each rank; some may be empty
     total = sum(ranks.gather([sum(int((targets >= 0).sum()) for part in parts
                                   for _, targets, _ in part)]))
     loss = 0.0

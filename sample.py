@@ -149,6 +149,7 @@ def prompt_row(row, number, columns):
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"expected a text under {columns.get('prompt', 'prompt')!r}, "
                          f"found columns {sorted(row)}")
+    prompt.encode()  # half a surrogate pair is JSON, and no text
     length = get("length")
     if length is not None:
         if not (isinstance(length, list) and len(length) == 2

@@ -1786,9 +1786,14 @@ def test_a_run_goes_on_from_what_latest_names(crashed_run, late_run, policy, tmp
     state.write_bytes(state.read_bytes()[:1000])
     check_error(pretrain.main, token_arguments(tmp_path, policy) + arguments + ["steps=8"],
                 "state: cannot be read: EOFError", capsys)
+    again = token_arguments(tmp_path, policy) + arguments
+    shutil.rmtree(run / "checkpoint-000006" / "state")
+    check_error(pretrain.main, again, "state/run.json: expected what the run goes on from", capsys)
     shutil.rmtree(run / "checkpoint-000006")
-    check_error(pretrain.main, token_arguments(tmp_path, policy) + arguments,
-                "found a link to checkpoint-000006", capsys)
+    check_error(pretrain.main, again, "found a link to checkpoint-000006", capsys)
+    (run / "latest").unlink()
+    shutil.copytree(run / "checkpoint-000004", run / "latest")
+    check_error(pretrain.main, again, "latest: expected a link to a checkpoint", capsys)
     assert (run / "checkpoint-000004").exists() and len(read_log(run)) == 6
 
 
@@ -2105,11 +2110,18 @@ def test_averaged_advantages_equal_a_plain_loop():
     tensors, even = {name: torch.tensor(x) for name, x in rewards.items()}, grpo.CONFIG["weights"]
     found = grpo.combine_advantages(tensors, even)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
-    equal = {name: torch.full((3, 2), 0.7) for name in grpo.COMPONENTS}
+    equal = grpo.reward_table([dict.fromkeys(grpo.COMPONENTS, 0.9)] * 24, 8)  # 0.9 + ... rounds
     odd = dict(zip(grpo.COMPONENTS, torch.tensor([0.3, 0.0, math.nan]).view(3, 1, 1)))
     for combine in "advantages", "rewards":
         assert not grpo.combine_advantages(equal, even, combine).any()
         assert grpo.combine_advantages(odd, even, combine).tolist() == [[0.0]]
+
+    unscored = [{"writing": math.nan}] * 2
+    assert math.isnan(grpo.mean_of(unscored, "writing")) and grpo.mean_of(
+        [*unscored, {"writing": 3}], "writing") == 3
+    nobody = {"length": torch.tensor([[0.0, 1.0]]), "writing": torch.full((1, 2), math.nan)}
+    assert grpo.combine_advantages(nobody, {"length": 1.0, "writing": 0.0}, "rewards").tolist() \
+        == [[-1.0, 1.0]]
 
     weights = {"writing": 3.0, "length": 1.0}
     both = [grpo.combine_advantages(tensors, {name: 1.0}).numpy() for name in weights]
@@ -2192,11 +2204,15 @@ def test_slots_fill_what_the_rest_leaves(sample_tp, gpus, policy):
     each *= heads * (100 + grpo.PROMPT_TOKENS)
     count = sum(p.numel() for p in load_model(policy, "cpu").parameters())
     left = 0.9 * 4e9 - 16 * count / gpus - 2 * count / sample_tp - grpo.DECODE_ROOM
-    assert grpo.count_slots(config, gpus, 4e9) == left // each
-    assert grpo.count_slots(config | dict(num_prompts=3, num_samples=4), gpus, 4e9) == \
-        -(-12 * sample_tp // gpus)
-    with pytest.raises(InputError, match="expected room for a completion of 100 tokens"):
-        grpo.count_slots(config, gpus, 3e9)
+    slots = lambda **changes: grpo.plan_sampling(config | changes, gpus, 4e9)[2]
+    assert slots() == left // each and slots(kl=0.1) == (left - 4 * count / gpus) // each
+    assert slots(offload=True) == slots(offload=True, kl=0.1) == (left + 16 * count / gpus) // each
+    assert slots(num_prompts=30, num_samples=4) == -(-120 * sample_tp // gpus)
+    assert slots(num_prompts=1, num_samples=2) == sample.MIN_ROWS  # the engine has no fewer
+    with pytest.raises(InputError, match="expected room for 16 completions of 100 tokens"):
+        grpo.plan_sampling(config, gpus, 3e9)
+    with pytest.raises(InputError, match="expected a divisor of the 1 GPUs"):
+        grpo.plan_sampling(config | dict(sample_tp=2), 1, 4e9)
 
 
 def log_probs_of(theirs, prompt, tokens):
@@ -2307,7 +2323,7 @@ def run_late(rank, port, folder, arguments, seconds):
     it decodes its second ten times slower."""
     os.dup2(os.open(folder / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
     torch.cuda.is_available, honest_setup = lambda: False, grpo.setup
-    honest_step, honest_rewards = sample.Engine.step, grpo.rule_rewards
+    honest_step, honest_rewards = sample.Engine.step, reward.rule_rewards
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
@@ -2330,7 +2346,7 @@ def run_late(rank, port, folder, arguments, seconds):
 
     grpo.setup = impatient_setup
     if rank == 1:
-        sample.Engine.step, grpo.rule_rewards = slow_step, late_rewards
+        sample.Engine.step, reward.rule_rewards = slow_step, late_rewards
     grpo.main(arguments)
 
 
@@ -2379,16 +2395,16 @@ def test_a_run_leaves_its_log_checkpoints_and_samples(whole_run, policy):
     assert not same(weights, dict(load_model(policy, "cpu").named_parameters()))
 
 
-@pytest.mark.parametrize("cut_in", ["steps", "update", "evaluate"])
-def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, whole_run, training, tmp_path,
+@pytest.mark.parametrize("cut_in, at", [("steps", 2), ("update", 2), ("evaluate", 4)])
+def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, training, tmp_path,
                                                     monkeypatch, capsys):
     """Sampling noise, prompts, moments or the log that start over at a resume; Ctrl-C in a
-    rollout that loses the last update, logs a row twice, or ends in a traceback."""
+    rollout that loses the last update or evaluation, logs a row twice, or ends in a traceback."""
     arguments, calls = training + [f"out={tmp_path}", "steps=4"], []
 
     def interrupted(trainer, step, verb=getattr(grpo.Trainer, cut_in, None)):
         calls.append(step)
-        if len(calls) == 2:
+        if calls.count(at) == 1:
             signal.raise_signal(signal.SIGINT)
         return verb(trainer, step)
 
