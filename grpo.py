@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from model import (InputError, copy_weights, count_parameters, flops_per_token, join_share,
                    load_config, load_for_sampling, load_for_training, load_tokenizer,
-                   parse_config, sampling_plan, script, setup)
+                   parse_config, print_once, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
@@ -93,7 +93,7 @@ PANELS = {f"{name} reward": [f"reward/{name}", f"eval/{name}"] for name in COMPO
 
 # ---------------------------------------------------------------- prompts
 
-def drop_unreachable(rows, tokenizer, max_tokens, is_main):
+def drop_unreachable(rows, tokenizer, max_tokens):
     """Rows whose range fits into max_tokens, by the tokens per word of all prompts in the same
     script, since a Chinese word is a character; [0, 0] marks a request that cannot be met. The
     others are named."""
@@ -105,9 +105,9 @@ def drop_unreachable(rows, tokenizer, max_tokens, is_main):
     per_word = lambda row: tokens[is_chinese(row)] / max(1, words[is_chinese(row)])
     fits = lambda row: row["length"][1] > 0 and row["length"][0] * per_word(row) <= max_tokens
     for row in rows:
-        if is_main and not fits(row):
-            print(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word(row):.2f} "
-                  f"tokens a word, do not fit max_tokens={max_tokens}")
+        if not fits(row):
+            print_once(f"dropped prompt {row['id']!r}: {row['length']} words, {per_word(row):.2f} "
+                       f"tokens a word, do not fit max_tokens={max_tokens}")
     return [row for row in rows if fits(row)]
 
 
@@ -432,7 +432,7 @@ class Trainer:
         """(rows, their tokens) of the file under this key."""
         config = self.config
         rows = load_prompts(config[key], config["columns"], needs_length=True)
-        rows = drop_unreachable(rows, self.tokenizer, config["max_tokens"], self.ranks.rank == 0)
+        rows = drop_unreachable(rows, self.tokenizer, config["max_tokens"])
         if not rows:
             raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
                              f"{config['max_tokens']}, found none")

@@ -295,6 +295,13 @@ def read_config(path):
     return config
 
 
+def write_whole(path, text):
+    """Write it aside and rename it: a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
     The same command may come again; another config is an error that names the key."""
@@ -313,9 +320,7 @@ def open_folder(config, ranks, may_differ=()):
                 raise InputError(f"{path}: {'; '.join(changed)}; resume with the same, or choose "
                                  "another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
-            temporary = path.with_suffix(".tmp")  # a kill leaves the old one or the new one
-            temporary.write_text(json.dumps(run, indent=2) + "\n")
-            os.replace(temporary, path)
+            write_whole(path, json.dumps(run, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"out={config['out']}: cannot be written: "
                              f"{error.strerror}") from None

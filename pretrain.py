@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from model import (InputError, count_parameters, flops_per_token, load_config,
                    load_for_training, load_tokenizer, open_folder, parse_config, print_table,
-                   save_folder, script, setup, training_plan)
+                   save_folder, script, setup, training_plan, write_whole)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -174,9 +174,7 @@ class Run:
         path = self.folder / "log.jsonl"
         logged = self.step if self.checkpoint and "unlogged" not in self.state else self.step - 1
         rows = [row for row in read_done(path) if row["step"] <= logged]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def ask_to_stop(self, number, frame):
         if self.stop_asked and number == signal.SIGINT:
@@ -248,14 +246,13 @@ class Run:
                                  f"{cause_of(error)}; the checkpoint before is intact") from None
         if self.is_main:
             self.state["step"] = step
-            if aside.exists():
-                write_json(aside / "state" / "run.json", self.state)
+            place = aside if aside.exists() else target  # there, what is told of them may be new
+            write_whole(place / "state" / "run.json", json.dumps(self.state))
+            if place == aside:
                 sync_folder(aside)
                 if target.exists():  # of a run that went on from an earlier one
                     shutil.rmtree(target)
                 os.replace(aside, target)
-            else:  # its weights are there: only what is told of them is new
-                write_json(target / "state" / "run.json", self.state)
             for link in ["best", "latest"] if is_best else ["latest"]:
                 point_link(self.folder / link, target.name)
             self.prune()
@@ -281,13 +278,6 @@ def cause_of(error):
     failures = getattr(error, "failures", {})
     cause = next(iter(failures.values()))[0] if failures else error
     return str(cause) or type(cause).__name__
-
-
-def write_json(path, value):
-    """Write it aside and rename it: a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
 
 
 def sync_folder(folder):

@@ -2498,7 +2498,7 @@ def test_most_samples_cut_raise_the_alarm(training, tmp_path):
 def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     """Prompts that no completion can satisfy, which would only teach that nothing pays."""
     rows = [{"id": n, "prompt": "one two three", "length": [n, n]} for n in (0, 5, 5000)]
-    kept = grpo.drop_unreachable(rows, load_tokenizer(policy), 100, True)
+    kept = grpo.drop_unreachable(rows, load_tokenizer(policy), 100)
     assert [row["id"] for row in kept] == [5]
     out = capsys.readouterr().out
     assert "prompt 0:" in out and "prompt 5000:" in out
@@ -2512,7 +2512,7 @@ def test_reach_is_measured_in_each_script(policy):
             for name, prompt in prompts.items() for n in (90, 110)]
     for name, prompt in prompts.items():
         cap = int(100 * len(tokenizer.encode(prompt)) / count_words(prompt))
-        kept = grpo.drop_unreachable(rows, tokenizer, cap, False)
+        kept = grpo.drop_unreachable(rows, tokenizer, cap)
         assert [row["id"] for row in kept if row["prompt"] == prompt] == [f"{name} 90"]
 
 
