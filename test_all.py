@@ -32,6 +32,7 @@ from datetime import timedelta
 from functools import partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import forkserver
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -81,6 +82,7 @@ pretrain.draw_curves = grpo.draw_curves = lambda folder, _: (folder / "curves.pn
 @pytest.fixture(scope="session", autouse=True)
 def use_the_cpu():
     """The scripts run on the CPU, whatever this machine has; only attention is tried on CUDA."""
+    forkserver.ensure_running()  # it makes the ranks' imports while the first tests run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
