@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from model import (InputError, find_commit, find_folder, join_share, load_for_sampling,
                    open_folder, parse_config, print_once, script, setup)
@@ -273,11 +272,9 @@ def read_text(row, template):
 
 def generate_texts(name, source, items, template, out, ranks):
     """A Text for each item; also written as response rows, for reward.py and other scripts."""
-    with tqdm(total=len(items), desc=name, unit="text", disable=ranks.rank > 0) as progress:
-        rows = Cache(source, out / "generated.jsonl", ranks).answer(
-            [item.prompt for item in items], range(len(items)),
-            on_row=lambda row: progress.update(),
-            labels=[{"index": item.id, "name": name} for item in items])
+    rows = Cache(source, out / "generated.jsonl", ranks).answer(
+        [item.prompt for item in items], range(len(items)), told=name,
+        labels=[{"index": item.id, "name": name} for item in items])
     texts = [read_text(row, "chat" if isinstance(source, Endpoint) else template) for row in rows]
     if ranks.rank == 0:
         lines = [{"index": item.id, "response": text.response, "completion": text.completion,
@@ -431,13 +428,12 @@ def open_judge(config, ranks):
     return Judge(source, path, ranks)
 
 
-def judge_all(questions, judge, ranks):
+def judge_all(questions, judge):
     """[(question, its Verdict)]; those that cannot be asked are unscored."""
     asked = [q for q in questions if not q.fault]
-    with tqdm(total=len(asked), desc="judging", unit="reply", disable=ranks.rank > 0) as progress:
-        verdicts = iter(judge.ask(
-            [(q.text, q.fields) for q in asked], on_row=lambda row: progress.update(),
-            labels=[{"place": q.place, "models": q.models, "part": q.part} for q in asked]))
+    verdicts = iter(judge.ask(
+        [(q.text, q.fields) for q in asked], told="judging",
+        labels=[{"place": q.place, "models": q.models, "part": q.part} for q in asked]))
     return [(q, Verdict({}, q.fault, "", []) if q.fault else next(verdicts)) for q in questions]
 
 
@@ -910,7 +906,7 @@ def main(argv):
         texts[name] = generate_texts(name, sources.pop(name), items, config["template"], out, ranks)
     texts |= baselines
     questions = ask_about(bench, template, items, texts, models) if judge else []
-    judged = judge_all(questions, judge, ranks) if judge else []
+    judged = judge_all(questions, judge) if judge else []
     tags = {name: "chat" for name, place in writers.items() if is_url(place)}
     healths = {name: [examine(item, text, tags.get(name, config["template"]))
                       for item, text in zip(items, some)] for name, some in texts.items()}

@@ -30,6 +30,7 @@ import fcntl
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -590,6 +591,7 @@ class Cache:
     """A model's answers, each appended to a file of JSON lines as soon as it is there, under a
     hash of all that determines it; what the file holds is not asked again. A failed call is
     written too, with its error, and asked again by the next run."""
+    calls = itertools.count()  # names the counters in the ranks' store
 
     def __init__(self, source, path, ranks=None):
         self.source, self.path, self.ranks, self.known = source, Path(path), ranks, None
@@ -609,28 +611,29 @@ class Cache:
         told = json.dumps([self.source.identity, text, attempt], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
-    def answer(self, texts, places, attempt=0, on_row=lambda row: None, labels=None):
+    def answer(self, texts, places, attempt=0, told="", labels=None):
         """A row {"reply", "model", "finish", "tokens"} or {"error"} for each of places in texts;
-        equal texts are asked once. on_row is called for each row of the first attempt; labels are
-        what the file says beside each text's answer."""
+        equal texts are asked once. told: the name of a progress bar, which the first attempt
+        shows; labels are what the file says beside each text's answer."""
         self.known = self.read() if self.known is None else self.known
         keys = {place: self.key(texts[place], attempt) for place in places}
         jobs = {key: (place, attempt) for place, key in keys.items() if key not in self.known}
-        new = []
+        new, total, counter = [], len(set(keys.values())), f"answers/{next(self.calls)}"
+        progress = tqdm(total=total, initial=total - len(jobs), desc=told, unit="answer",
+                        disable=not told or attempt > 0 or bool(self.ranks and self.ranks.rank))
 
         def keep(place, row):
             label = labels[place] if labels else {}
             new.append({"key": keys[place], "attempt": attempt, **label, **row})
             append_rows(self.path, new[-1:])
-            show(row)
+            there = self.ranks.store.add(counter, 1) if self.ranks else len(new)
+            progress.update(total - len(jobs) + there - progress.n)  # of all ranks
 
-        show = on_row if attempt == 0 else lambda row: None
-        for key in keys.values():
-            if key in self.known:
-                show(self.known[key])
         if jobs:  # the same on all ranks
             self.source.complete(texts, list(jobs.values()), keep)
         found = {row["key"]: row for row in (self.ranks.gather(new) if self.ranks else new)}
+        progress.update(total - progress.n)
+        progress.close()
         self.known |= {key: row for key, row in found.items() if "error" not in row}
         return [self.known.get(key) or found[key] for key in keys.values()]
 

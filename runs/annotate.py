@@ -259,9 +259,8 @@ FIELDS = {"is_writing": ("yes", "no"), "lo": range(MOST_WORDS + 1), "hi": range(
 def judge_lengths(rows, judge, dropped, noted):
     """Yield rows with the judge's length; what it does not want, cannot be done or was not
     answered is counted in dropped. noted counts what the stated lengths say of the judge."""
-    with tqdm(total=len(rows), desc="judging", unit="prompt") as bar:
-        verdicts = judge.ask([(fill(QUESTION, prompt=fence(row["prompt"])), FIELDS)
-                              for row in rows], on_row=lambda row: bar.update())
+    verdicts = judge.ask([(fill(QUESTION, prompt=fence(row["prompt"])), FIELDS) for row in rows],
+                         told="judging")
     for row, verdict in zip(rows, verdicts):
         said, stated = verdict.values, find_length(row["prompt"])
         if not said:
