@@ -28,10 +28,12 @@ import time
 import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import forkserver
 from multiprocessing import forkserver
 from pathlib import Path
 from urllib.parse import urlparse
@@ -46,6 +48,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,7 +85,9 @@ pretrain.draw_curves = grpo.draw_curves = lambda folder, _: (folder / "curves.pn
 @pytest.fixture(scope="session", autouse=True)
 def use_the_cpu():
     """The scripts run on the CPU, whatever this machine has; only attention is tried on CUDA."""
-    forkserver.ensure_running()  # it makes the ranks' imports while the first tests run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # what it starts with is what all ranks have
+        forkserver.ensure_running()  # it makes the ranks' imports while the first tests run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield
@@ -151,8 +156,12 @@ def write_lines(path, rows):
     return path
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_lines(out / "log.jsonl")
 
 
 def weights_of(out):
@@ -163,13 +172,26 @@ def same(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
 
+def load_on(ranks, folder, **options):
+    """A model to train, sharded over the ranks when there are several."""
+    return load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None, **options)
+
+
+def gradients(model):
+    """{name: gradient} of a plain or a sharded model."""
+    return {name: x.grad.full_tensor() if hasattr(x.grad, "full_tensor") else x.grad
+            for name, x in model.named_parameters()}
+
+
 def check_error(main, arguments, words, capsys):
-    """main ends with status 2 and one line on standard error, which holds the words."""
+    """main ends with status 2 and one line on standard error, which holds the words, beside the
+    bars of its progress."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         main(arguments)
-    said = capsys.readouterr().err
-    assert error.value.code == 2 and said.count("\n") == 1 and words in said
+    said = [line for line in re.split("[\n\r]", capsys.readouterr().err)
+            if line.strip("\x1b[A ") and not re.search(r"\[\d+:\d\d", line)]
+    assert error.value.code == 2 and len(said) == 1 and words in said[0]
 
 
 def join_group(rank, world, port, work):
@@ -196,8 +218,7 @@ def run_on_ranks(world, function, *arguments):
     if world == 1:
         return [function(ALONE, *arguments)]
     work, port = pickle.dumps((function, arguments)), free_port()
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(world, FORKS) as pool:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # gloo ranks, whatever this machine has
+    with ProcessPoolExecutor(world, FORKS) as pool:
         jobs = [pool.submit(join_group, rank, world, port, work) for rank in range(world)]
         try:
             for job in as_completed(jobs, timeout=60):
@@ -331,27 +352,24 @@ class CountCalls(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("recompute, attention, mlp", [
-    ("none", 1, 1), ("all", 2, 2), ("all_but_attention", 1, 2)])
+@pytest.mark.parametrize("recompute, attention, mlp", [("all", 2, 2), ("all_but_attention", 1, 2)])
 def test_recomputing_changes_no_gradient(recompute, attention, mlp, tmp_path):
     """Attention at 32k tokens run twice though it was kept; or kept with all the rest."""
     make_model(tmp_path)
-    gradients, counts = [], []
+    found, counts = [], []
     for kind in ("none", recompute):
         ours, mode = load_model(tmp_path, "cpu", recompute=kind), CountCalls("attention", "silu")
         with mode:
-            loss = score(ours, random_sequences([5, 1, 30])).sum()
-            counts.append({word: count for word, count in mode.counts.items()})
-            loss.backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters()})
-    assert same(*gradients)
-    plain, again = counts[0], mode.counts  # the forward pass alone, and both
-    assert plain == {"attention": 6, "silu": 2}  # of 2 layers and 3 sequences
-    assert again == {"attention": 6 * attention, "silu": 2 * mlp}
+            score(ours, random_sequences([5, 1, 30])).sum().backward()
+        found.append(gradients(ours))
+        counts.append(mode.counts)
+    assert same(*found)
+    assert counts == [{"attention": 6, "silu": 2},  # of 2 layers and 3 sequences
+                      {"attention": 6 * attention, "silu": 2 * mlp}]
 
 
 @pytest.mark.parametrize("recompute", ["none", "all", "all_but_attention"])
-@pytest.mark.parametrize("length", [200, 2000])  # weights count most, activations count most
+@pytest.mark.parametrize("length", [100, 2000])  # weights count most, activations count most
 def test_the_plan_is_the_peak(length, recompute, tmp_path, monkeypatch):
     """A plan that fits where the run does not, or that asks for twice the GPUs."""
     make_model(tmp_path, hidden_size=128, intermediate_size=352, num_hidden_layers=4)
@@ -381,7 +399,7 @@ def test_blocks_compile_once_for_all(recompute, backend, tmp_path, monkeypatch):
     that no checkpoint has."""
     make_model(tmp_path, num_hidden_layers=4)
     torch._dynamo.reset()
-    backend = CompileCounterWithBackend(backend)  # the graphs of torch.compile, not its code
+    backend = CompileCounterWithBackend(backend)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = load_model(tmp_path, "cpu")
     ours = load_model(tmp_path, "cpu", recompute=recompute, compile=True)
@@ -390,9 +408,7 @@ def test_blocks_compile_once_for_all(recompute, backend, tmp_path, monkeypatch):
         for model in (plain, ours):
             model.zero_grad()
             score(model, random_sequences(lengths)).sum().backward()
-        for name, parameter in plain.named_parameters():
-            assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-5,
-                         rtol=1e-4)
+        assert_close(gradients(ours), gradients(plain), atol=1e-5, rtol=1e-4)
     assert backend.frame_count == 2  # the first shapes, then any
 
 
@@ -448,61 +464,72 @@ def test_a_saved_folder_round_trips_through_transformers(architecture, changes, 
     assert same(dict(ours.named_parameters()), again)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks of the hub, for one repository at org/name."""
-    folder, asked = None, []
+class Handler(BaseHTTPRequestHandler):
+    """Answers by HTTP in silence; one write an answer, or two would wait (Nagle)."""
+    protocol_version, wbufsize = "HTTP/1.1", -1
 
-    def do_GET(self):
-        path = urlparse(self.path).path
-        self.asked.append(path)
-        files = [file for file in self.folder.iterdir() if file.is_file()]
-        if path == "/api/models/org/name/revision/main":
-            return self.answer(json.dumps({"id": "org/name", "sha": "0" * 40, "siblings": [
-                {"rfilename": file.name} for file in files]}).encode())
-        if path.startswith("/api/models/org/name/tree/"):
-            return self.answer(json.dumps([
-                {"type": "file", "path": file.name, "size": file.stat().st_size,
-                 "oid": hashlib.sha1(file.read_bytes()).hexdigest()} for file in files]).encode())
-        name = path.removeprefix(f"/org/name/resolve/{'0' * 40}/")
-        if name in [file.name for file in files]:
-            return self.answer((self.folder / name).read_bytes())
-        self.send_error(404)
-
-    do_HEAD = do_GET
-
-    def answer(self, body):
-        self.send_response(200)
-        for name, value in {"ETag": f'"{hashlib.sha1(body).hexdigest()}"',
-                            "X-Repo-Commit": "0" * 40, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
+    def reply(self, body, status=200, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def log_message(self, *_):
         pass
 
 
+@contextmanager
+def serve(handler):
+    """The address of a server that the handler answers for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *_: None  # of a call that was given up
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+class Hub(Handler):
+    """What huggingface_hub asks of the hub, for one repository at org/name."""
+    folder, asked = None, []
+
+    def do_GET(self):
+        path = urlparse(self.path).path
+        self.asked.append(path)
+        files = {file.name: file.read_bytes() for file in self.folder.iterdir()}
+        body = files.get(path.removeprefix(f"/org/name/resolve/{'0' * 40}/"))
+        if path == "/api/models/org/name/revision/main":
+            body = json.dumps({"id": "org/name", "sha": "0" * 40, "siblings": [
+                {"rfilename": name} for name in files]}).encode()
+        if path.startswith("/api/models/org/name/tree/"):
+            body = json.dumps([{"type": "file", "path": name, "size": len(text), "oid":
+                                hashlib.sha1(text).hexdigest()} for name, text in files.items()]
+                              ).encode()
+        self.reply(body or b"", 200 if body else 404, X_Repo_Commit="0" * 40,
+                   ETag=f'"{hashlib.sha1(body or b"").hexdigest()}"')
+
+    do_HEAD = do_GET
+
+
 def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path, monkeypatch):
     """Weights fetched for a plan, a name that works on a machine with the hub alone, or a
     traceback of the hub's instead of a line."""
     make_model(tmp_path / "model")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Hub.folder = tmp_path / "model"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name in "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE":  # as HF_ENDPOINT would before a start
-        value = re.sub("https?://[^/]+", f"http://127.0.0.1:{server.server_port}",
-                       getattr(huggingface_hub.constants, name))
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert network.load_config("org/name")[1]["architectures"] == ["Qwen2ForCausalLM"]
-    assert Hub.asked and not any("safetensors" in path for path in Hub.asked)
-    weights = dict(load_model("org/name", "cpu").named_parameters())
-    assert any("model.safetensors" in path for path in Hub.asked)
-    with pytest.raises(InputError, match="org/other"):
-        network.load_config("org/other")
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr(Hub, "folder", tmp_path / "model")
+    with serve(Hub) as url:
+        for name in "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE":  # as HF_ENDPOINT before a start
+            monkeypatch.setattr(huggingface_hub.constants, name, re.sub(
+                "https?://[^/]+", url, getattr(huggingface_hub.constants, name)))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        assert network.load_config("org/name")[1]["architectures"] == ["Qwen2ForCausalLM"]
+        assert Hub.asked and not any("safetensors" in path for path in Hub.asked)
+        weights = dict(load_model("org/name", "cpu").named_parameters())
+        assert any("model.safetensors" in path for path in Hub.asked)
+        with pytest.raises(InputError, match="org/other"):
+            network.load_config("org/other")
     assert same(weights, dict(load_model("org/name", "cpu").named_parameters()))
     assert same(weights, load_file(tmp_path / "model" / "model.safetensors"))
 
@@ -535,8 +562,7 @@ def use_shards(ranks, folder, out, sequences):
         score(evaluated, [[1, 2, 3]])
     return dict(whole=[{name: x.clone() for name, x in full_parameters(model, torch.float32)}
                        for model in (ours, plain, evaluated)],
-                gradient={name: x.grad.full_tensor() for name, x in ours.named_parameters()},
-                logprobs=score(ours, sequences).detach())
+                gradient=gradients(ours), logprobs=score(ours, sequences).detach())
 
 
 @pytest.mark.parametrize("world, tied", [(2, True), (4, False)])
@@ -553,9 +579,8 @@ def test_a_sharded_model_equals_a_plain_one(world, tied, tmp_path):
     for reply in run_on_ranks(world, use_shards, str(tmp_path / "theirs"),
                               str(tmp_path / "shards"), sequences):
         assert_close(reply["logprobs"], logprobs, atol=1e-5, rtol=0)
-        for name, x in plain.named_parameters():
-            assert all(torch.equal(whole[name], x) for whole in reply["whole"]), name
-            assert_close(reply["gradient"][name], x.grad, atol=1e-4, rtol=1e-4)
+        assert all(same(dict(plain.named_parameters()), whole) for whole in reply["whole"])
+        assert_close(reply["gradient"], gradients(plain), atol=1e-4, rtol=1e-4)
     files = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "shards").iterdir())
     assert len(files) > 3 and all((tmp_path / "plain" / file).read_bytes() ==
@@ -652,31 +677,37 @@ def test_texts_equal_one_sequence_at_a_time_in_any_slots_and_order(policy, naive
 def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypatch):
     """A minute of compiling for each number of rows, length of the cache, rollout."""
     ours, prompts, stops = load_policy(policy, torch.float64, naive[2])
+    ours.model.layers = ours.model.layers[:1]  # a layer is seconds of tracing
+    write = lambda slots, **options: texts_of(generate(
+        ours, prompts, ALL_WORK, stops, CAPS, slots, temperature=0.7, seed=3, **options))
+    expected = write(16)
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    for slots in 16, 64:
-        done = generate(ours, prompts, ALL_WORK, stops, CAPS, slots, temperature=0.7, seed=3,
-                        step=7, compile_decode=True)
-        assert texts_of(done) == naive[0]
+    assert write(16, compile_decode=True) == write(64, compile_decode=True) == expected
     assert backend.frame_count == 1
     half, prompts, stops = load_policy(policy, torch.float64, share=network.Share(0, 2, None))
     with pytest.raises(InputError, match="sample_tp=1, found 2"):
         next(generate(half, prompts, ALL_WORK, stops, CAPS, compile_decode=True))
 
 
-def generate_share(ranks, folder, strings, sample_tp, work=ALL_WORK):
+def generate_share(ranks, folder, strings, sample_tp):
+    """What a rank makes of a single job, then of all work."""
     share = network.join_share(ranks, sample_tp)
     ours, prompts, stops = load_policy(folder, torch.float64, strings, share)
-    jobs = sample.deal(work, ranks, 16 * sample_tp // ranks.world, "test", share)
-    return list(generate(ours, prompts, jobs, stops, CAPS, 16, temperature=0.7, seed=3, step=7))
+    return [list(generate(
+        ours, prompts, sample.deal(work, ranks, 16 * sample_tp // ranks.world, name, share), stops,
+        CAPS, 16, temperature=0.7, seed=3, step=7))
+        for name, work in (("one", ALL_WORK[:1]), ("all", ALL_WORK))]
 
 
-@pytest.mark.parametrize("world, sample_tp", [(2, 1), (4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("world, sample_tp", [(4, 1), (2, 2), (4, 2)])
 def test_ranks_write_what_one_process_writes(world, sample_tp, policy, naive):
     """Work dealt twice or never, noise that depends on the rank; ranks that share a model and
-    draw apart, or each find the best token of their own part of the vocabulary."""
-    parts = run_on_ranks(world, generate_share, policy, naive[2], sample_tp)
+    draw apart, or each find the best token of their own part of the vocabulary; ranks or whole
+    engines without a prompt that hang the others, or end with an error."""
+    single, parts = zip(*run_on_ranks(world, generate_share, policy, naive[2], sample_tp))
+    assert [len(part) for part in single] == [1] * sample_tp + [0] * (world - sample_tp)
     for rank, part in enumerate(parts):
         assert part == parts[rank - rank % sample_tp]
     done = sum(parts[::sample_tp], [])
@@ -714,13 +745,6 @@ def test_slices_draw_from_the_whole_distribution(tied, policy, tmp_path):
         for one, other in zip(sum(whole, []), sum(split, []), strict=True):
             assert one._replace(logprobs=[]) == other._replace(logprobs=[])
             assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
-
-
-def test_ranks_without_work_wait_for_nobody(policy):
-    """Ranks or whole engines without a prompt that hang the others, or end with an error."""
-    for sample_tp in 1, 2:
-        parts = run_on_ranks(4, generate_share, policy, [], sample_tp, ALL_WORK[:1])
-        assert [len(part) for part in parts] == [1] * sample_tp + [0] * (4 - sample_tp)
 
 
 def test_greedy_equals_transformers(policy):
@@ -1003,6 +1027,12 @@ THOUGHT = "<think>a</think>"
     (THOUGHT + "<answer>b<th\nink>c</answer>", "2 <think>"),
     (THOUGHT + "<answer>b<\u0430nswer>c</answer>", "2 <answer>"),  # a Cyrillic a
     (THOUGHT + '<answer>b<think id="2">c</answer>', "2 <think>"),
+    (THOUGHT + "<answer>b</answer></answer>", "2 </answer>"),
+    (THOUGHT + "<answer>b<answer></answer>", "2 <answer>"),
+    (THOUGHT + "<answer>b＜ｔｈｉｎｋ＞c</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b<thínk>c</answer>", "2 <think>"),
+    (THOUGHT + "<answer>b<thinking>c</thinking></answer>", "2 <think>"),
+    (THOUGHT + "<answer>b‹think›c</answer>", "2 <think>"),
     (THOUGHT + "<answer>if guess < answer and guess > 3: <em>low</em></answer>", "")])
 def test_the_format_is_one_think_then_one_answer(completion, fault):
     """Tag games: nested, repeated, re-opened, unclosed, in upper case, split, or disguised; and
@@ -1037,7 +1067,7 @@ def test_copies_equal_a_quadratic_count():
     """A set of spans that marks the first occurrence too, or misses overlapping copies; a
     paragraph compared with itself, with words of its neighbours, or with the wrong piece."""
     rng = random.Random(0)
-    for trial in range(60):
+    for trial in range(30):
         words = rng.choices("abcdefghjkmnpqrstuvw"[:rng.choice((4, 20))], k=rng.randrange(200))
         start = rng.randrange(len(words) + 1)
         words += words[start:start + 150]
@@ -1152,11 +1182,9 @@ PROMPT = "Write a story of 600 words about the keeper of a lighthouse who finds 
 spell = lambda source, target: lambda text: text.translate(str.maketrans(source, target))
 DISGUISES = {  # of a copy of the text, put after the text
     "plain": str, "upper case": str.upper, "from the middle": lambda t: t[1000:],
-    "accents": lambda t: re.sub("[aeiou]", "\\g<0>\u0301", t),
-    "zero width": lambda t: re.sub("[aeiou]", "\\g<0>\u200b", t),
-    "soft hyphens": lambda t: re.sub("[aeiou]", "\\g<0>\u00ad", t),
-    "variation selectors": lambda t: re.sub("[aeiou]", "\\g<0>\ufe0f", t),
-    "hangul fillers": lambda t: re.sub("[aeiou]", "\\g<0>\u3164", t),
+    **{name: partial(re.sub, "[aeiou]", f"\\g<0>{mark}") for name, mark in {
+        "accents": "\u0301", "zero width": "\u200b", "soft hyphens": "\u00ad",
+        "variation selectors": "\ufe0f", "hangul fillers": "\u3164"}.items()},
     "word joiners": lambda t: "\u2060".join(t),
     "right to left": lambda t: t.replace(" ", " \u202e"),
     "full width": lambda t: re.sub("[A-z]", lambda m: chr(ord(m[0]) + 0xFEE0), t),
@@ -1205,20 +1233,6 @@ PADDING = {
     "invisible words": "\u200b\u2060 " * 600, "words without a shape": "\u3164 " * 600,
     "faces": "🙂 " * 600, "letter by letter": " ".join(PROSE), "a third": PROSE[:len(PROSE) // 3],
     "hyphens for spaces": PROSE.replace(" ", "-"), "on and on": PROSE + make_prose(7, 700)}
-TAGS = {  # {t} a thought, {a} the answer in its tags, {p} its text
-    "the answer twice": "{t}{a}{a}", "thinking twice": "{t}{t}{a}", "swapped": "{a}{t}",
-    "again": "{t}{a}<think>{p}", "nested": "<think><answer>{p}</answer></think>",
-    "unclosed": "{t}<answer>{p}", "no thinking": "{a}", "only thinking": "{t}", "none": "{p}",
-    "upper case": "{t}<ANSWER>{p}</ANSWER>", "spaces": "{t}< answer >{p}</ answer >",
-    "before": "Sure! {t}{a}", "after": "{t}{a} I hope you like it.", "between": "{t}So: {a}",
-    "thinking inside": "{t}<answer>{t}{p}</answer>", "closed twice": "{t}{a}</answer>",
-    "open": "{t}<answer>{p}<answer></answer>", "torn": "{t}<answer>{p}<th\nink>{p}</answer>",
-    "zero width": "{t}<answer><\u200bthink>a</\u200bthink>{p}</answer>",
-    "full width": "{t}<answer>＜ｔｈｉｎｋ＞{p}</answer>",
-    "Cyrillic": "{t}<answer><thіnk>{p}</answer>", "accents": "{t}<answer><thínk>{p}</answer>",
-    "attributes": "{t}<answer><think hidden>{p}</answer>",
-    "another name": "{t}<answer><thinking>a</thinking>{p}</answer>",
-    "small brackets": "{t}<answer>‹think›{p}‹/think›</answer>"}
 ANSWER = THOUGHT + "<answer>{}</answer>"
 ATTACKS = {  # name: (component that must fall, honest text of its kind, completion)
     f"{kind}: {name}": (component, honest, form(text))
@@ -1227,9 +1241,7 @@ ATTACKS = {  # name: (component that must fall, honest text of its kind, complet
          lambda disguise: ANSWER.format(f"{PROSE}\n\n{disguise(PROSE)}")),
         ("loop", "format", PROSE, LOOPS, ANSWER.format),
         ("Chinese", "format", CHINESE, CHINESE_LOOPS, ANSWER.format),
-        ("padding", "length", PROSE, PADDING, ANSWER.format),
-        ("tags", "format", PROSE, TAGS,
-         partial(str.format, t=THOUGHT, a=f"<answer>{PROSE}</answer>", p=PROSE)))
+        ("padding", "length", PROSE, PADDING, ANSWER.format))
     for name, text in table.items()}
 
 
@@ -1239,13 +1251,11 @@ def rate(text, num_words):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_falls_below_the_honest_text_of_its_kind(name):
-    """A way to be paid for copies, padding or tags instead of writing."""
+    """A way to be paid for copies or padding instead of writing."""
     component, honest, completion = ATTACKS[name]
-    fair, found = (rate(text, count_words(honest)) for text in (ANSWER.format(honest), completion))
-    assert fair["length"] == fair["format"] == 1 and fair["reason"] == ""
+    found = rate(completion, count_words(honest))
     assert found[component] <= 0.5, found["reason"]
-    if component == "format":
-        assert found["reason"] and (name.startswith("tags") or found["copied"])
+    assert component == "length" or found["reason"] and found["copied"]
 
 
 FACTS = [sentence.strip() for sentence in make_prose(21, 3000).split(".") if sentence.strip()]
@@ -1407,13 +1417,11 @@ def score_shares(ranks, folder, texts):
 
 def gradient_of_pairs(ranks, folder, pairs, micro_tokens):
     """(scores, gradient) of Bradley-Terry training on all ranks."""
-    ours = load_model(folder, ranks.device, head=network.SCORES,
-                      ranks=ranks if ranks.world > 1 else None)
+    ours = load_on(ranks, folder, head=network.SCORES)
     evaluated = reward.score_pairs(ours, pairs, ranks, micro_tokens)
     scores = reward.leave_gradient(ours, pairs, ranks, micro_tokens, 0.1)
     assert_close(evaluated, scores, atol=1e-5, rtol=0)
-    return scores, {name: p.grad.full_tensor() if ranks.world > 1 else p.grad
-                    for name, p in ours.named_parameters()}
+    return scores, gradients(ours)
 
 
 def judge_on_ranks(ranks, folder, texts, pairs):
@@ -1429,36 +1437,29 @@ def pair_gradient(judge):
                           for pair in pairs])
     chosen, rejected = scores.T
     (torch.log1p(torch.exp(rejected - chosen)) + 0.1 * (chosen + rejected) ** 2).mean().backward()
-    return pairs, scores.detach(), {name: p.grad for name, p in theirs.named_parameters()}
-
-
-def check_pairs(found, pair_gradient):
-    _, scores, gradient = pair_gradient
-    assert_close(found[0], scores, atol=1e-5, rtol=1e-4)
-    for name, expected in gradient.items():
-        assert_close(found[1][name], expected, atol=1e-5, rtol=1e-4)
+    return pairs, (scores.detach(), gradients(theirs))
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 10_000])
 def test_the_pair_loss_is_bradley_terry(micro_tokens, judge, pair_gradient):
     """A sign, a mean over micro-batches instead of pairs, a pair torn apart, scores in the order
     of the packs, or a centring term that dominates."""
-    found = gradient_of_pairs(ALONE, str(judge / "latest"), pair_gradient[0], micro_tokens)
-    check_pairs(found, pair_gradient)
+    pairs, expected = pair_gradient
+    found = gradient_of_pairs(ALONE, str(judge / "latest"), pairs, micro_tokens)
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_score_and_train_as_one_process_does(world, judge, pair_gradient):
+def test_ranks_score_and_train_as_one_process_does(judge, pair_gradient):
     """A reward model whole on every rank, a rank without texts that hangs the others or gets the
     scores of another, a gradient that counts a dummy pass or loses a rank."""
     texts, folder = TEXTS[:3], str(judge / "latest")
     expected = judged_by_transformers(folder, texts, padding=True, padding_side="right")
     whole = network.count_parameters(network.load_config(folder)[1])
-    replies = run_on_ranks(world, judge_on_ranks, folder, texts, pair_gradient[0])
+    replies = run_on_ranks(4, judge_on_ranks, folder, texts, pair_gradient[0])
     for rank, ((scores, nothing, num_passes, held), trained) in enumerate(replies):
-        assert_close(torch.tensor(scores), expected[rank::world], atol=1e-4, rtol=0)
-        assert nothing == [] and num_passes == replies[0][0][2] and held < 1.2 * whole / world
-        check_pairs(trained, pair_gradient)
+        assert_close(torch.tensor(scores), expected[rank::4], atol=1e-4, rtol=0)
+        assert nothing == [] and num_passes == replies[0][0][2] and held < 1.2 * whole / 4
+        assert_close(trained, pair_gradient[1], atol=1e-5, rtol=1e-4)
 
 
 def test_a_pair_stays_whole_and_each_text_is_read_once(policy, monkeypatch):
@@ -1612,7 +1613,7 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
-    good[7] = json.dumps({"text": "long " * 200_000, "note": "x" * 9_000_000}).encode()
+    good[7] = json.dumps({"text": "long " * 20_000, "note": "x" * 9_000_000}).encode()
     good[8] = b'{"text": ""}'  # a document of one token, the end
     bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
@@ -1653,46 +1654,34 @@ def test_only_what_the_assistant_says_is_trained_on(template, row, expected, pol
     assert pretrain.row_parts(row, tokenizer) == expected
 
 
-def test_only_completion_tokens_carry_gradient(policy, tmp_path):
-    """A mask that is right while the gradient flows from the prompt all the same: the embedding
-    of the prompt's last word is an input, the head's row of a word said in the prompt alone is
-    pushed down by the softmax, and never pulled up."""
-    row = {"prompt": "think before", "completion": " you write"}
-    ours, path = load_model(policy, "cpu"), write_lines(tmp_path / "t.jsonl", [row])
-    tokenizer = load_tokenizer(policy)
-    pretrain.next_token_loss(ours, documents_of(path, policy), range(1), ALONE, 1, True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
-    prompt, rest = (tokenizer.encode(row[key]) for key in ("prompt", "completion"))
-    tokens = torch.tensor(prompt + rest + [tokenizer.eos_token_id])
-    logits = theirs(tokens[None]).logits[0, len(prompt) - 1:-1]
-    torch.nn.functional.cross_entropy(logits, tokens[len(prompt):]).backward()
-    for name, parameter in theirs.named_parameters():
-        assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
+def train_rows(ranks, folder, path, micro_rows):
+    """(losses, gradient) of 1 row, which leaves a second rank without, and of 6, added up."""
+    ours, documents = load_on(ranks, folder), documents_of(path, folder)
+    losses = [pretrain.next_token_loss(ours, documents, range(n), ranks, micro_rows, True)
+              for n in (1, 6)]
+    return losses, gradients(ours)
 
 
-def losses_of(ranks, folder, path, micro_rows):
-    """Of 5 rows and of 1, which leaves a second rank without."""
-    ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
-    documents = documents_of(path, folder)
-    return [pretrain.next_token_loss(ours, documents, range(n), ranks, micro_rows, True)
-            for n in (5, 1)]
-
-
-@pytest.mark.parametrize("world, micro_rows", [(1, 1), (1, 3), (2, 1)])
+@pytest.mark.parametrize("world, micro_rows", [(1, 1), (1, 4), (2, 1)])
 def test_the_next_token_loss_equals_transformers(world, micro_rows, policy, tmp_path):
-    """A loss per micro-batch instead of per token, or targets off by one; a forward pass more on
-    one rank than on another: FSDP's collectives hang or mix."""
-    path = write_lines(tmp_path / "t.jsonl", [{"text": "think before you write " * 9}] * 5)
-    documents = documents_of(path, policy)
-    theirs, losses = transformers.AutoModelForCausalLM.from_pretrained(policy), []
-    for tokens, targets, lengths in map(documents.row, range(5)):
+    """A loss per micro-batch instead of per token, or targets off by one; a mask that is right
+    while the gradient flows from the prompt all the same; a forward pass more on one rank than on
+    another: FSDP's collectives hang or mix."""
+    path = write_lines(tmp_path / "t.jsonl", [
+        {"prompt": "think before", "completion": " you write"},
+        *[{"text": "think before you write " * 9}] * 5])
+    documents, losses = documents_of(path, policy), []
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    for tokens, targets, lengths in map(documents.row, range(6)):
         pieces = torch.tensor(tokens).long().split(lengths.tolist())  # a document's tokens
         logits = torch.cat([theirs(piece[None]).logits[0] for piece in pieces])
         losses.append(torch.nn.functional.cross_entropy(
             logits, torch.tensor(targets), ignore_index=-1, reduction="none")[targets >= 0])
-    expected = [torch.cat(losses).mean().item(), losses[0].mean().item()]
-    for found in run_on_ranks(world, losses_of, policy, path, micro_rows):
-        assert found == pytest.approx(expected, rel=1e-5)
+    expected = losses[0].mean(), torch.cat(losses).mean()
+    sum(expected).backward()
+    for found, gradient in run_on_ranks(world, train_rows, policy, path, micro_rows):
+        assert_close(torch.tensor(found), torch.stack(expected).detach(), atol=0, rtol=1e-5)
+        assert_close(gradient, gradients(theirs), atol=1e-6, rtol=1e-4)
 
 
 def test_matrices_decay_and_the_schedule_warms_up(policy):
@@ -1705,194 +1694,176 @@ def test_matrices_decay_and_the_schedule_warms_up(policy):
     assert sorted(rates[9:], reverse=True) == rates[9:]
 
 
-@pytest.mark.parametrize("lost", ["nothing", "moments", "place"])
-def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, policy, tmp_path,
-                                                                 monkeypatch):
-    """Moments or the place in the data lost at a resume, which nothing else would show."""
-    path = write_lines(tmp_path / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
-
-    def run(name, steps):
-        pretrain.main([f"model={policy}", f"data={path}", "seq_len=32", "batch_rows=2",
-                       "save_every=2", f"cache={tmp_path / 'tokens'}",
-                       f"out={tmp_path / name}", f"steps={steps}",
-                       "schedule=constant"])
-        return weights_of(tmp_path / name)
-
-    whole, weights = run("whole", 4), run("cut", 2)
-    if lost == "moments":
-        monkeypatch.setattr(pretrain.Run, "restore", lambda run, model, optimizer:
-                            network.load_weights(model, tmp_path / "cut" / "latest"))
-    if lost == "place":
-        row = pretrain.Documents.row
-        monkeypatch.setattr(pretrain.Documents, "row", lambda self, n: row(self, n % 4))
-    assert not same(weights, whole) and same(run("cut", 4), whole) == (lost == "nothing")
-    assert [row["step"] for row in read_log(tmp_path / "cut")] == [1, 2, 3, 4]
-
-
-def token_arguments(tmp_path, policy):
-    path = write_lines(tmp_path / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
-    return [f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}", "seq_len=32",
-            "batch_rows=4", "schedule=constant"]
-
-
-def train_tokens(tmp_path, policy, *arguments):
-    pretrain.main(token_arguments(tmp_path, policy) + [*arguments])
-
-
-def train_on_ranks(ranks, tmp_path, policy, arguments):
-    train_tokens(tmp_path, policy, *arguments)
-
-
-CRASH_ONCE = """
-import model, os, signal, sys, pretrain
-model.PeerWatch.pause, model.PeerWatch.grace = 0.2, 1
-honest, honest_setup = pretrain.next_token_loss, pretrain.setup
-def setup():
-    ranks = honest_setup()
-    assert ranks.store.add(f"starts/{ranks.rank}", 1) == 1
-    return ranks
-def spoiled(model, data, numbers, *rest):
-    if numbers[0] == 8 and os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"] == "10":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(model, data, numbers, *rest)
-pretrain.next_token_loss, pretrain.setup = spoiled, setup
-pretrain.main(sys.argv[1:])
-"""
+def test_a_step_moves_weights_by_the_clipped_gradient(policy):
+    """A gradient norm that is logged and not cut, or a learning rate that stays the first one."""
+    ours = load_model(policy, "cpu")
+    score(ours, random_sequences([30])).sum().backward()
+    norm = torch.cat([x.flatten() for x in gradients(ours).values()]).norm().item()
+    expected = {name: x - 0.1 * 0.5 / norm * x.grad for name, x in ours.named_parameters()}
+    optimizer = torch.optim.SGD(ours.parameters(), lr=9.0)
+    assert pretrain.apply_gradient(ours, optimizer, 0.1, 0.5) == pytest.approx(norm) and norm > 1
+    assert_close(dict(ours.named_parameters()), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
-def crashed_run(policy, tmp_path_factory):
-    """(folder, process) of a torchrun of two ranks, one of which is killed once; they run while
-    other tests run."""
-    folder = tmp_path_factory.mktemp("crashed")
-    (folder / "crash.py").write_text(CRASH_ONCE)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-         "--max-restarts", "1", folder / "crash.py", *token_arguments(folder, policy),
-         f"out={folder / 'run'}", "steps=6", "save_every=2"], stderr=subprocess.DEVNULL,
-        env=os.environ | dict(PYTHONPATH=str(TOY.parent), CUDA_VISIBLE_DEVICES=""))
-    yield folder, process
-    process.kill()
+def pretraining(policy, tmp_path_factory):
+    """Arguments of a small pretrain.py run, whose rows are tokenised once."""
+    folder = tmp_path_factory.mktemp("rows")
+    path = write_lines(folder / "t.jsonl", [{"text": f"plan {n} text " * 5} for n in range(30)])
+    return [f"model={policy}", f"data={path}", f"cache={folder / 'tokens'}", "seq_len=32",
+            "batch_rows=4", "schedule=constant", "save_every=2", "steps=6"]
 
 
-def test_a_run_goes_on_from_what_latest_names(crashed_run, late_run, policy, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole_tokens(pretraining, tmp_path_factory):
+    """The folder of six steps that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    pretrain.main(pretraining + [f"out={out}"])
+    return out
+
+
+@pytest.mark.parametrize("lost", ["nothing", "moments", "place"])
+def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, pretraining, whole_tokens,
+                                                                 tmp_path, monkeypatch):
+    """Moments or the place in the data lost at a resume, which nothing else would show."""
+    pretrain.main(pretraining + [f"out={tmp_path}", "steps=2"])
+    if lost == "moments":
+        monkeypatch.setattr(pretrain.Run, "restore", lambda run, model, optimizer:
+                            network.load_weights(model, tmp_path / "latest"))
+    if lost == "place":
+        row = pretrain.Documents.row
+        monkeypatch.setattr(pretrain.Documents, "row", lambda self, n: row(self, n % 8))
+    pretrain.main(pretraining + [f"out={tmp_path}"])
+    assert same(weights_of(tmp_path), weights_of(whole_tokens)) == (lost == "nothing")
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_run, tmp_path,
+                                              capsys):
     """A checkpoint of another history taken for the one that is due; a run that starts anew, and
     prunes what there is, because a link leads nowhere."""
-    arguments, run = [f"out={tmp_path / 'run'}", "save_every=2", "keep=9"], tmp_path / "run"
-    train_tokens(tmp_path, policy, *arguments, "steps=6")
-    whole = weights_of(run)
+    run, arguments = tmp_path / "run", pretraining + [f"out={tmp_path / 'run'}", "keep=9"]
+    pretrain.main(arguments)
     edit_tensors(run / "checkpoint-000006", **{"model.norm.weight": torch.zeros(32)})
     pretrain.point_link(run / "latest", "checkpoint-000002")
-    train_tokens(tmp_path, policy, *arguments, "steps=6")
-    assert same(weights_of(run), whole) and os.readlink(run / "latest") == "checkpoint-000006"
+    pretrain.main(arguments)
+    assert same(weights_of(run), weights_of(whole_tokens))
+    assert os.readlink(run / "latest") == "checkpoint-000006"
     state, = (run / "checkpoint-000006" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
-    check_error(pretrain.main, token_arguments(tmp_path, policy) + arguments + ["steps=8"],
-                "state: cannot be read: EOFError", capsys)
-    again = token_arguments(tmp_path, policy) + arguments
+    check_error(pretrain.main, arguments + ["steps=8"], "state: cannot be read: EOFError", capsys)
     shutil.rmtree(run / "checkpoint-000006" / "state")
-    check_error(pretrain.main, again, "state/run.json: expected what the run goes on from", capsys)
+    check_error(pretrain.main, arguments, "state/run.json: expected what the run goes on from",
+                capsys)
     shutil.rmtree(run / "checkpoint-000006")
-    check_error(pretrain.main, again, "found a link to checkpoint-000006", capsys)
+    check_error(pretrain.main, arguments, "found a link to checkpoint-000006", capsys)
     (run / "latest").unlink()
     shutil.copytree(run / "checkpoint-000004", run / "latest")
-    check_error(pretrain.main, again, "latest: expected a link to a checkpoint", capsys)
+    check_error(pretrain.main, arguments, "latest: expected a link to a checkpoint", capsys)
     assert (run / "checkpoint-000004").exists() and len(read_log(run)) == 6
 
 
-def test_folders_and_rows_that_teach_nothing_are_named(policy, tmp_path, capsys):
+def test_folders_and_rows_that_teach_nothing_are_named(pretraining, policy, tmp_path, capsys):
     """A day of training at loss 0."""
-    bare = tmp_path / "bare"
+    bare, path = tmp_path / "bare", write_lines(tmp_path / "t.jsonl", [{"text": ""}] * 3)
     bare.mkdir()
     shutil.copy(Path(policy) / "config.json", bare)
-    arguments = token_arguments(tmp_path, policy) + [f"out={tmp_path / 'run'}", "init=random"]
+    arguments = pretraining + [f"out={tmp_path / 'run'}", "init=random"]
     check_error(pretrain.main, arguments + [f"model={bare}"], "expected tokenizer.json", capsys)
     for file in Path(policy).glob("token*"):
         shutil.copy(file, bare)
     edit_config(bare, vocab_size=200)
     check_error(pretrain.main, arguments + [f"model={bare}"], "expected a vocab_size", capsys)
-    write_lines(tmp_path / "t.jsonl", [{"text": ""}] * 3)
-    with pytest.raises(SystemExit):
-        pretrain.main(arguments)
-    assert "found only empty rows" in capsys.readouterr().err
+    check_error(pretrain.main, arguments + [f"data={path}"], "found only empty rows", capsys)
 
 
-def test_a_run_refuses_rows_that_have_changed(policy, tmp_path, capsys):
+def test_a_run_refuses_rows_that_have_changed(pretraining, tmp_path, capsys):
     """Half a run on yesterday's file; or a config.json that no longer tells what was run."""
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "steps=1")
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "some rows " * 20}])
+    arguments = pretraining + [f"data={path}", f"out={tmp_path / 'run'}"]
+    pretrain.main(arguments + ["steps=1"])
     config = (tmp_path / "run" / "config.json").read_text()
-    arguments = token_arguments(tmp_path, policy) + [f"out={tmp_path / 'run'}", "steps=2"]
-    write_lines(tmp_path / "t.jsonl", [{"text": "other rows " * 20}])
-    with pytest.raises(SystemExit):
-        pretrain.main(arguments)
-    assert "config.json: data_content was" in capsys.readouterr().err
+    write_lines(path, [{"text": "other rows " * 20}])
+    check_error(pretrain.main, arguments + ["steps=2"], "config.json: data_content was", capsys)
     assert (tmp_path / "run" / "config.json").read_text() == config
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(policy, tmp_path):
+def check_same_run(found, expected):
+    """Two runs' losses and last weights agree within float error."""
+    assert_close(weights_of(found), weights_of(expected), atol=1e-4, rtol=1e-3)
+    losses = [[row["loss"] for row in read_log(out)] for out in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 6
+
+
+def run_main(ranks, main, arguments):
+    main(arguments)  # joins the group that is there
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp_path):
     """State that only the ranks which wrote it can read, or rows repeated or skipped."""
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
     for world, steps in ((2, 2), (1, 4), (4, 6)):
-        run_on_ranks(world, train_on_ranks, tmp_path, policy,
-                     [f"out={tmp_path / 'cut'}", f"steps={steps}"])
-    whole, cut = (weights_of(tmp_path / name) for name in ("whole", "cut"))
-    for name in whole:
-        assert_close(cut[name], whole[name], atol=1e-4, rtol=1e-3)
-    losses = [[row["loss"] for row in read_log(tmp_path / name)] for name in ("whole", "cut")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
+        run_on_ranks(world, run_main, pretrain.main,
+                     pretraining + [f"out={tmp_path}", f"steps={steps}"])
+    check_same_run(tmp_path, whole_tokens)
 
 
-def crash_a_rank(rank, port, tmp_path, policy, end):
+def start_two(function, folder, *arguments, **places):
+    """Two processes of function(rank, *arguments), started as torchrun would, that soon notice a
+    dead peer; what they say on standard error goes to folder/errors0 and errors1."""
+    places = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=free_port()) | places
+    processes = [FORKS.Process(target=be_rank, daemon=True,
+                               args=(rank, folder, places, function, arguments)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def be_rank(rank, folder, places, function, arguments):
+    os.dup2(os.open(folder / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    places |= dict(RANK=rank, LOCAL_RANK=rank)
+    os.environ.update({key: str(place) for key, place in places.items()})
+    network.PeerWatch.pause, network.PeerWatch.grace = 0.2, 1
+    function(rank, *arguments)
+
+
+def crash_a_rank(rank, arguments, is_elsewhere):
     """Rank 1 of two fails in its third step, while rank 0 waits for it."""
-    os.dup2(os.open(tmp_path / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
     honest = pretrain.next_token_loss
 
     def spoiled(model, data, numbers, ranks, *rest):
-        if numbers[0] == 8:
-            if rank == 1 and end != "killed":
-                raise KeyError("the bug")
-            if rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if end != "raises":
-                ranks.any(False)
+        if numbers[0] == 8 and rank == 1:
+            raise KeyError("the bug")
+        if numbers[0] == 8 and is_elsewhere:
+            ranks.any(False)
         return honest(model, data, numbers, ranks, *rest)
 
-    pretrain.next_token_loss, torch.cuda.is_available = spoiled, lambda: False
-    network.PeerWatch.pause, network.PeerWatch.grace = 0.2, 1
-    if end == "raises elsewhere":  # on another machine, whose processes are not seen
+    pretrain.next_token_loss = spoiled
+    if is_elsewhere:  # on another machine, whose processes are not seen
         socket.gethostname = lambda: f"machine{rank}"
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "steps=6")
+    pretrain.main(arguments)
 
 
-@pytest.mark.parametrize("end", ["raises", "killed", "raises elsewhere"])
-def test_a_rank_that_dies_ends_all_with_its_error_told_once(end, policy, tmp_path):
+@pytest.mark.parametrize("is_elsewhere", [False, True], ids=["here", "elsewhere"])
+def test_a_rank_that_fails_ends_all_with_its_error_told_once(is_elsewhere, pretraining, tmp_path):
     """Ranks that wait for the dead one for ever, that save because torchrun then signals them, or
     that each tell of the connection it left."""
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'before'}", "steps=1")  # makes the tokens
-    port = free_port()
-    processes = [FORKS.Process(target=crash_a_rank, daemon=True,
-                               args=(rank, port, tmp_path, policy, end)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
+    arguments = pretraining + [f"out={tmp_path / 'run'}", "save_every=9"]
+    processes = start_two(crash_a_rank, tmp_path, arguments, is_elsewhere)
     processes[1].join(60)
-    if end != "raises elsewhere":
+    if not is_elsewhere:
         processes[0].terminate()  # as torchrun does
     processes[0].join(20)
-    assert processes[0].exitcode not in (None, 0) and processes[1].exitcode not in (None, 0)
+    assert all(process.exitcode not in (None, 0) for process in processes)
     errors = "".join((tmp_path / f"errors{rank}").read_text() for rank in (0, 1))
-    told = "error: a rank died without a word" if end == "killed" else "KeyError: 'the bug'"
-    assert errors.count(told) == 1
-    assert errors.count("Traceback") == (end != "killed") and "c10d" not in errors
+    assert errors.count("KeyError: 'the bug'") == errors.count("Traceback") == 1
+    assert "c10d" not in errors
     assert not (tmp_path / "run" / "latest").exists() and len(read_log(tmp_path / "run")) == 2
 
 
-def lose_the_leader(rank, port, tmp_path, arguments):
+def lose_the_leader(rank, arguments):
     """The first of two ranks that share the sampler is killed within a rollout."""
-    os.dup2(os.open(tmp_path / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
-    honest, torch.cuda.is_available = sample.Engine.step, lambda: False
-    network.PeerWatch.pause, network.PeerWatch.grace = 0.2, 1
+    honest = sample.Engine.step
 
     def step(engine, R):
         honest(engine, R)
@@ -1900,21 +1871,16 @@ def lose_the_leader(rank, port, tmp_path, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sample.Engine.step = step
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     grpo.main(arguments)
 
 
 def test_a_leader_that_dies_ends_its_followers(training, tmp_path):
     """Ranks that wait in a collective, or in the store for a job, for the one that is gone; a
     traceback of the connection that it left."""
-    port = free_port()
-    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # torchrun's
-    processes = [FORKS.Process(target=lose_the_leader, daemon=True, args=(
-        rank, store.port, tmp_path, training + [f"out={tmp_path / 'run'}", "sample_tp=2"]))
-        for rank in (0, 1)]
-    for process in processes:
-        process.start()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    processes = start_two(lose_the_leader, tmp_path, training + [
+        f"out={tmp_path / 'run'}", "sample_tp=2"], MASTER_PORT=store.port,
+        TORCHELASTIC_USE_AGENT_STORE="True")
     for process in processes:
         process.join(40)
     assert [process.exitcode for process in processes] == [-signal.SIGKILL, 1]
@@ -1936,17 +1902,44 @@ def test_a_restart_begins_with_an_empty_store(monkeypatch):
         network.fresh_store(store)
 
 
-def test_torchrun_starts_a_crashed_run_again(crashed_run, policy, tmp_path):
-    """Ranks of the second start that meet at what the first has left in the store."""
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'whole'}", "steps=6")
-    folder, process = crashed_run
-    assert process.wait(60) == 0
-    losses = [[row["loss"] for row in read_log(run)]
-              for run in (tmp_path / "whole", folder / "run")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == 6
+def crash_once(folder, arguments):
+    """As torchrun's rank; rank 1 is killed in the third step of its first start."""
+    rank, attempt = (os.environ[key] for key in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+
+    def crash(rank):
+        honest, honest_setup = pretrain.next_token_loss, pretrain.setup
+
+        def setup():
+            ranks = honest_setup()
+            assert ranks.store.add(f"starts/{rank}", 1) == 1
+            return ranks
+
+        def spoiled(model, data, numbers, *rest):
+            if numbers[0] == 8 and rank + attempt == "10":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest(model, data, numbers, *rest)
+
+        pretrain.next_token_loss, pretrain.setup = spoiled, setup
+        pretrain.main(arguments)
+
+    (folder / attempt).mkdir(exist_ok=True)
+    be_rank(rank, folder / attempt, {}, crash, ())
 
 
-def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, tmp_path,
+def test_torchrun_starts_a_crashed_run_again(pretraining, whole_tokens, tmp_path):
+    """Ranks that wait for a killed one for ever, or each tell of it; ranks of the second start
+    that meet at what the first has left in the store."""
+    launch = LaunchConfig(1, 1, 2, run_id="again", max_restarts=1, monitor_interval=0.1,
+                          rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_backend="static",
+                          rdzv_configs={"rank": 0}, start_method="forkserver")
+    elastic_launch(launch, crash_once)(tmp_path, pretraining + [f"out={tmp_path / 'run'}"])
+    check_same_run(tmp_path / "run", whole_tokens)
+    errors = "".join((tmp_path / "0" / f"errors{rank}").read_text() for rank in (0, 1))
+    assert errors.count("error: a rank died without a word") == 1
+    assert "Traceback" not in errors and "c10d" not in errors
+
+
+def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(pretraining, tmp_path,
                                                                        monkeypatch):
     """NaN written over the weights, and from there into every checkpoint."""
     honest = pretrain.next_token_loss
@@ -1959,13 +1952,13 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(policy, t
 
     monkeypatch.setattr(pretrain, "next_token_loss", spoiled)
     with pytest.raises(SystemExit, match="not finite, 3 steps in a row"):
-        train_tokens(tmp_path, policy, f"out={tmp_path / 'run'}", "save_every=1", "keep=9")
-    log = read_log(tmp_path / "run")
+        pretrain.main(pretraining + [f"out={tmp_path}", "steps=9", "save_every=1", "keep=9"])
+    log = read_log(tmp_path)
     assert [row["step"] for row in log if row["grad_norm"] is None] == [2, 4, 5, 6]
-    one, two, three, five = (load_file(tmp_path / "run" / f"checkpoint-{step:06d}" /
-                                       "model.safetensors") for step in (1, 2, 3, 5))
+    one, two, three, five = (load_file(tmp_path / f"checkpoint-{step:06d}" / "model.safetensors")
+                             for step in (1, 2, 3, 5))
     assert same(one, two) and not same(two, three) and same(three, five)
-    assert same(weights_of(tmp_path / "run"), five)
+    assert same(weights_of(tmp_path), five)
 
 
 @pytest.fixture
@@ -1981,13 +1974,13 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["full before", "full at the state", "full in truth"])
-def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monkeypatch, capsys,
-                                                  request):
+def test_a_full_disk_leaves_the_checkpoint_before(fault, pretraining, tmp_path, monkeypatch,
+                                                  capsys, request):
     """A half-written checkpoint as `latest`, or the last good one pruned for it."""
     disk = request.getfixturevalue("small_disk") if fault == "full in truth" else tmp_path
-    arguments, filler = [f"out={disk / 'run'}", "save_every=2"], disk / "filler"
-    train_tokens(tmp_path, policy, *arguments, "steps=2")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+    arguments, filler = pretraining + [f"out={disk / 'run'}", "steps=4"], disk / "filler"
+    pretrain.main(arguments + ["steps=2"])
+    with monkeypatch.context() as patch:
         free = 1000 if fault == "full before" else 10 ** 9  # others may write after we ask
         usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - free, free)
         patch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
@@ -1997,13 +1990,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(fault, policy, tmp_path, monke
         if fault == "full in truth":
             honest = os.statvfs(disk)
             filler.write_bytes(b"x" * (honest.f_bavail * honest.f_frsize - 400_000))
-        train_tokens(tmp_path, policy, *arguments, "steps=4")
+        check_error(pretrain.main, arguments, "the checkpoint before is intact", capsys)
     filler.unlink(missing_ok=True)
-    assert end.value.code == 2
-    line, = capsys.readouterr().err.strip().split("error: ")[1:]
-    assert "checkpoint-000004" in line and "is intact" in line
     assert os.readlink(disk / "run" / "latest") == "checkpoint-000002"
-    train_tokens(tmp_path, policy, *arguments, "steps=4")
+    pretrain.main(arguments)
     assert os.readlink(disk / "run" / "latest") == "checkpoint-000004"
 
 
@@ -2011,17 +2001,9 @@ class Killed(BaseException):
     """As a kill -9 would end the process: nothing of ours may catch it."""
 
 
-@pytest.fixture(scope="module")
-def whole_tokens(policy, tmp_path_factory):
-    """(weights, log) of six steps that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("whole")
-    train_tokens(folder, policy, f"out={folder / 'run'}", "steps=6", "save_every=2", "keep=1")
-    return weights_of(folder / "run"), read_log(folder / "run")
-
-
 @pytest.mark.parametrize("stage", ["save_folder", "dcp.save", "sync_folder", "os.replace",
                                    "point_link", "Run.prune"])
-def test_a_save_may_die_at_any_stage(stage, policy, whole_tokens, tmp_path, monkeypatch):
+def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path, monkeypatch):
     """A half-written checkpoint that `latest` names, or the one before it deleted too early."""
     *path, name = stage.split(".")
     owner, saves = getattr(pretrain, path[0]) if path else pretrain, []
@@ -2035,29 +2017,26 @@ def test_a_save_may_die_at_any_stage(stage, policy, whole_tokens, tmp_path, monk
             raise Killed
         return result
 
-    arguments = [f"out={tmp_path / 'run'}", "steps=6", "save_every=2", "keep=1"]
+    arguments = pretraining + [f"out={tmp_path}", "keep=1"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, dying)
-        train_tokens(tmp_path, policy, *arguments)
-    train_tokens(tmp_path, policy, *arguments)
-    weights, log = whole_tokens
-    timeless = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"}
-                             for row in rows]
-    assert same(weights_of(tmp_path / "run"), weights)
-    assert timeless(read_log(tmp_path / "run")) == timeless(log)
+        pretrain.main(arguments)
+    pretrain.main(arguments)
+    timeless = lambda out: [row | {"tokens_per_second": 0} for row in read_log(out)]
+    assert same(weights_of(tmp_path), weights_of(whole_tokens))
+    assert timeless(tmp_path) == timeless(whole_tokens)
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("changes", [[], ["offload=true"], ["recompute=none", "compile=false"]],
                          ids=["default", "offload", "plain"])
-def test_cuda_trains_as_the_cpu_does(changes, policy, tmp_path):
+def test_cuda_trains_as_the_cpu_does(changes, pretraining, whole_tokens, tmp_path):
     """FSDP2, bf16, compiled blocks, kept attention or offloaded weights that train another model;
     a checkpoint of it that no run can go on from."""
-    train_tokens(tmp_path, policy, f"out={tmp_path / 'cpu'}", "steps=6")
     for steps in (3, 6):  # in processes of their own: this one was told that there is no CUDA
-        subprocess.run([sys.executable, pretrain.__file__, *token_arguments(tmp_path, policy),
-                        f"out={tmp_path / 'cuda'}", f"steps={steps}", *changes], check=True)
-    cpu, cuda = ([row["loss"] for row in read_log(tmp_path / out)] for out in ("cpu", "cuda"))
+        subprocess.run([sys.executable, pretrain.__file__, *pretraining, f"out={tmp_path}",
+                        f"steps={steps}", *changes], check=True)
+    cpu, cuda = ([row["loss"] for row in read_log(out)] for out in (whole_tokens, tmp_path))
     assert cuda == pytest.approx(cpu, rel=0.02) and len(cuda) == 6
 
 
@@ -2149,12 +2128,11 @@ def make_rollout(num_prompts):
 
 
 def gradient_of(ranks, folder, rollout, micro_tokens):
-    ours = load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None)
+    ours = load_on(ranks, folder)
     ours.num_tokens = 340
     grpo.accumulate_gradient(ours, grpo.make_sequences(*rollout), ranks, micro_tokens,
                              temperature=0.8, ratio_cap=2.0)
-    return {name: p.grad.full_tensor() if ranks.world > 1 else p.grad
-            for name, p in ours.named_parameters()}
+    return gradients(ours)
 
 
 @pytest.mark.parametrize("num_prompts, micro_tokens, world", [
@@ -2175,8 +2153,7 @@ def test_the_gradient_equals_a_hand_written_step(num_prompts, micro_tokens, worl
             loss = loss - weight * advantages[c.prompt, c.sample] * logprob
     loss.backward()
     for gradient in run_on_ranks(world, gradient_of, policy, rollout, micro_tokens):
-        for name, parameter in theirs.named_parameters():
-            assert_close(gradient[name], parameter.grad, atol=1e-5, rtol=1e-4)
+        assert_close(gradient, gradients(theirs), atol=1e-5, rtol=1e-4)
     nothing = gradient_of(ALONE, policy, (prompts, completions, advantages * 0), 40)
     assert not any(x.any() for x in nothing.values())
 
@@ -2193,8 +2170,7 @@ def test_a_filled_pack_has_the_same_gradient(policy, monkeypatch):
         return packed
 
     monkeypatch.setattr(grpo, "pack_tensors", filled)
-    for name, gradient in gradient_of(ALONE, policy, rollout, 40).items():
-        assert_close(gradient, plain[name], atol=1e-6, rtol=1e-5)
+    assert_close(gradient_of(ALONE, policy, rollout, 40), plain, atol=1e-6, rtol=1e-5)
     assert set(shapes) == {64} and len(shapes) > 1
 
 
@@ -2260,8 +2236,7 @@ def test_variants_of_the_loss_equal_hand_written_ones(loss_mean, by_sequence, cl
     _, ratios, divergences = grpo.accumulate_gradient(
         ours, grpo.make_sequences(prompts, completions, advantages, loss_mean), ALONE, 40,
         temperature=1.0, by_sequence=by_sequence, clip=clip, reference=reference, kl=kl)
-    for name, parameter in theirs.named_parameters():
-        assert_close(dict(ours.named_parameters())[name].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+    assert_close(gradients(ours), gradients(theirs), atol=1e-5, rtol=1e-4)
     assert len(ratios) == count and min(divergences) >= 0 and max(divergences) > 0
 
 
@@ -2321,14 +2296,10 @@ def training(policy, judge, tmp_path_factory):
             "slots=16", "save_every=1", "eval_every=2", "lr=0.01", "keep=1", "template=chat"]
 
 
-def run_late(rank, port, folder, arguments, seconds):
+def run_late(rank, folder, arguments, seconds):
     """GRPO where collectives time out long before rank 1 has scored its first rollout, and where
     it decodes its second ten times slower."""
-    os.dup2(os.open(folder / f"errors{rank}", os.O_CREAT | os.O_WRONLY), 2)
-    torch.cuda.is_available, honest_setup = lambda: False, grpo.setup
-    honest_step, honest_rewards = sample.Engine.step, reward.rule_rewards
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    honest_setup, honest_step, honest_rewards = grpo.setup, sample.Engine.step, reward.rule_rewards
 
     def impatient_setup():
         ranks = honest_setup()
@@ -2357,13 +2328,9 @@ def run_late(rank, port, folder, arguments, seconds):
 def late_run(training, tmp_path_factory):
     """(folder, processes) of two ranks, one 15 s late where collectives wait for 5 s; they sleep
     while other tests run."""
-    folder, port = tmp_path_factory.mktemp("late"), free_port()
-    processes = [FORKS.Process(target=run_late, daemon=True, args=(
-        rank, port, folder, training + ["steps=1", f"out={folder / 'run'}"], 15))
-        for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    yield folder, processes
+    folder = tmp_path_factory.mktemp("late")
+    yield folder, (processes := start_two(
+        run_late, folder, folder, training + ["steps=1", f"out={folder / 'run'}"], 15))
     for process in processes:
         process.kill()
 
@@ -2427,15 +2394,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, train
     check_error(grpo.main, arguments + ["num_samples=3"], "num_samples was 2 and is now 3", capsys)
 
 
-def run_grpo(ranks, arguments):
-    grpo.main(arguments)  # joins the group that is there
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["sample_tp=1", "sample_tp=2"])
 def run_of_two(request, training, tmp_path_factory):
     """The folder of two steps on two ranks."""
     out = tmp_path_factory.mktemp("two")
-    run_on_ranks(2, run_grpo, training + [f"out={out}", "steps=2", f"sample_tp={request.param}"])
+    run_on_ranks(2, run_main, grpo.main, training + [f"out={out}", "steps=2",
+                                                     f"sample_tp={request.param}"])
     return out
 
 
@@ -2484,7 +2448,7 @@ def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
                           "ratio=sequence", "kl=0.1", "divide_by_std=false"])
     (first, second), (again,) = tried
     row = read_log(tmp_path / "run")[1]
-    assert row["kl"] >= 0 and [len(sequences) for sequences in seen] == [2, 2]
+    assert row["kl"] > 0 and [len(sequences) for sequences in seen] == [2, 2]
     tokenizer, prompts = load_tokenizer(training[0].partition("=")[2]), [x[0].prompt for x in seen]
     numbers = [re.search(r"Say (\d+)", tokenizer.decode(prompt))[1] for prompt in prompts]
     assert numbers == [again[1:], second[1:]]
@@ -2499,33 +2463,26 @@ def test_most_samples_cut_raise_the_alarm(training, tmp_path):
 
 
 def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
-    """Prompts that no completion can satisfy, which would only teach that nothing pays."""
-    rows = [{"id": n, "prompt": "one two three", "length": [n, n]} for n in (0, 5, 5000)]
-    kept = grpo.drop_unreachable(rows, load_tokenizer(policy), 100)
-    assert [row["id"] for row in kept] == [5]
-    out = capsys.readouterr().out
-    assert "prompt 0:" in out and "prompt 5000:" in out
-
-
-def test_reach_is_measured_in_each_script(policy):
-    """Chinese requests dropped by what English words cost, or kept, when both are in one file."""
+    """Prompts that no completion can satisfy, which would only teach that nothing pays; Chinese
+    requests dropped by what English words cost, or kept, when both are in one file."""
     tokenizer = load_tokenizer(policy)
     prompts = {"English": "before you write " * 9, "Chinese": "先思考再写作" * 3}
     rows = [{"id": f"{name} {n}", "prompt": prompt, "length": [n, n]}
-            for name, prompt in prompts.items() for n in (90, 110)]
+            for name, prompt in prompts.items() for n in (0, 90, 110)]
     for name, prompt in prompts.items():
         cap = int(100 * len(tokenizer.encode(prompt)) / count_words(prompt))
         kept = grpo.drop_unreachable(rows, tokenizer, cap)
         assert [row["id"] for row in kept if row["prompt"] == prompt] == [f"{name} 90"]
+        said = capsys.readouterr().out
+        assert f"prompt '{name} 0':" in said and f"prompt '{name} 110':" in said
 
 
 # ---------------------------------------------------------------- reward: the judge
 
-class JudgeServer(BaseHTTPRequestHandler):
+class JudgeServer(Handler):
     """An OpenAI-compatible endpoint: say(prompt, number) is a reply's text, or (status, body), or
     seconds to hang; number counts how often a prompt has come."""
     say, asked, sent = None, [], []
-    protocol_version, wbufsize = "HTTP/1.1", -1  # one write: two would wait (Nagle)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -2539,15 +2496,7 @@ class JudgeServer(BaseHTTPRequestHandler):
         status, text = said if isinstance(said, tuple) else (200, json.dumps(
             {"model": "judge-v7", "usage": {"prompt_tokens": 9, "completion_tokens": 4}, "choices":
              [{"message": {"content": said}, "finish_reason": "stop"}]}))
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Retry-After": "0",
-                            "Content-Length": len(text.encode())}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_):
-        pass
+        self.reply(text.encode(), status, Content_Type="application/json", Retry_After="0")
 
 
 @pytest.fixture
@@ -2556,14 +2505,9 @@ def judge_url(monkeypatch):
     monkeypatch.setattr(reward.random, "uniform", lambda low, high: 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # or some wait a second
-    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
-    server.daemon_threads = True
-    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a call that was given up
     JudgeServer.say, JudgeServer.asked, JudgeServer.sent = None, [], []
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serve(JudgeServer) as url:
+        yield f"{url}/v1"
 
 
 def make_judge(url, folder, **options):
@@ -2596,7 +2540,6 @@ def test_a_verdict_is_read_strictly(reply, expected):
     values, fault = reward.read_verdict(reply, SCORE)
     assert values == ({} if expected is None else {"score": expected})
     assert bool(fault) == (not values)
-    assert (values, fault) == reward.read_verdict(reply, SCORE)
 
 
 def test_a_verdict_may_have_several_parts():
@@ -2659,8 +2602,8 @@ def test_the_judge_scores_through_faults_and_is_asked_once(judge_url, tmp_path, 
     assert again[:6] == scores[:6] and all(map(math.isnan, again[6:]))
     assert not JudgeServer.asked
     ask().score(["Do"] * 2, ["answer refused", "answer hang"])
-    assert JudgeServer.asked  # what failed is asked again
-    rows = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    assert len(set(JudgeServer.asked)) == 2  # what failed is asked again
+    rows = read_lines(tmp_path / "judge.jsonl")
     assert "refused" not in str(rows) and any("too long" in row.get("error", "") for row in rows)
 
 
@@ -2755,11 +2698,9 @@ def test_grpo_takes_its_writing_reward_from_a_judge(judge_url, training, tmp_pat
     JudgeServer.say = lambda prompt, number: f'{{"score": {len(prompt) % 10 + 1}}}'
     grpo.main([*training, f"reward_model={judge_url}", "judge_model=judge", f"out={tmp_path}",
                "steps=1"])
-    kept = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
+    kept = read_lines(tmp_path / "judge.jsonl")
     assert len({row["key"] for row in kept}) == len(kept) == len(JudgeServer.asked)
-    rows = [json.loads(line) for line in
-            (tmp_path / "samples" / "step-000001.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in read_lines(tmp_path / "samples" / "step-000001.jsonl"):
         asked = reward.fill(reward.RUBRIC, prompt=reward.fence(row["prompt"]),
                             answer=reward.fence(row["response"]))
         assert row["rewards"]["writing"] == len(asked) % 10 + 1
@@ -2840,7 +2781,7 @@ def run_bench(bench, folder, judge_url, *arguments):
     data, files = write_bench(folder, bench)
     evaluate.main([f"bench={bench}", f"data={data}", f"responses={json.dumps(files)}",
                    f"judge={judge_url}", "judge_model=judge", f"out={folder / 'run'}", *arguments])
-    rows = [json.loads(line) for line in (folder / "run" / "judge.jsonl").open()]
+    rows = read_lines(folder / "run" / "judge.jsonl")
     return (json.loads((folder / "run" / "results.json").read_text()),
             {(row["place"], tuple(row["models"]), row["part"]): json.loads(row["reply"])
              for row in rows if "error" not in row})
@@ -2893,7 +2834,7 @@ def test_longbench_scores_follow_the_formulas(judge_url, tmp_path):
     results, verdicts = run_bench("longbench_write", tmp_path, judge_url)
     rows = BENCHES["longbench_write"]
     for name in ("ours", "theirs"):
-        texts = [json.loads(line)["response"] for line in (tmp_path / f"{name}.jsonl").open()]
+        texts = [row["response"] for row in read_lines(tmp_path / f"{name}.jsonl")]
         S_l, S_q = [], []
         for n, row in enumerate(rows):
             x, y = row["length"], len(re.findall("[a-zA-Z]+", texts[n]))
@@ -2917,7 +2858,7 @@ def climb(wins):
     """Bradley-Terry strengths by plain gradient ascent, with half a pseudo-tie for each pair."""
     wins = wins + 0.25 * (wins + wins.T > 0)
     s = np.zeros(len(wins))
-    for _ in range(20000):
+    for _ in range(5000):
         p = 1 / (1 + np.exp(s[None] - s[:, None]))
         s += 0.5 / (wins + wins.T).sum() * (wins * (1 - p) - wins.T * p).sum(1)
     return s - s.mean()
@@ -2994,19 +2935,21 @@ def test_a_folder_writes_and_judges_through_the_same_code(bench, policy, judge_u
                                                           capsys):
     """Folders and endpoints that are asked different things; a generator or a judge that starts
     over; a prompt too long for the context that stops the run."""
-    data, _ = write_bench(tmp_path, bench)
+    data, judge = write_bench(tmp_path, bench)[0], tmp_path / "judge"
+    shutil.copytree(policy, judge)
+    edit_config(judge, max_position_embeddings=8192 if bench == "arena_write" else 512)
     JudgeServer.say = lambda prompt, number: f"<answer>{prompt[:20]}</answer>"
     arguments = [f"bench={bench}", f"data={data}", f"out={tmp_path / 'run'}", "limit=2",
-                 f"model={json.dumps({'here': policy, 'there': judge_url})}", f"judge={policy}",
+                 f"model={json.dumps({'here': policy, 'there': judge_url})}", f"judge={judge}",
                  'judge_sampling={"max_tokens": 8}', "max_tokens=12", "slots=16", "template=direct"]
     for _ in range(2):
         with pytest.raises(SystemExit, match="unscored"):
             evaluate.main(arguments)
     run = tmp_path / "run"
-    made = [json.loads(line) for line in (run / "generated.jsonl").open()]
+    made = read_lines(run / "generated.jsonl")
     asked = [row.get("query") or row["question"] for row in BENCHES[bench][:2]]
     assert sorted(JudgeServer.asked) == sorted(asked) and len(made) == 4
-    theirs = [json.loads(line) for line in (run / "responses-there.jsonl").open()]
+    theirs = read_lines(run / "responses-there.jsonl")
     assert [row["response"] for row in theirs] == [prompt[:20] for prompt in asked]
     for row, prompt in zip([row for row in made if row["name"] == "here"], asked):
         ours, tokenizer = load_model(policy, "cpu"), load_tokenizer(policy)
@@ -3016,10 +2959,13 @@ def test_a_folder_writes_and_judges_through_the_same_code(bench, policy, judge_u
                       Stops(tokenizer, sample.STOP_STRINGS, len(tokenizer)), 12, slots=16,
                       temperature=0.6, top_p=0.95)
         assert row["reply"] == re.sub("<.endoftext.>$", "", tokenizer.decode(c.tokens))
-    kept = [json.loads(line) for line in (run / "judge.jsonl").open()]
-    assert all("too long" in row["error"] for row in kept if "error" in row)
+    kept = read_lines(run / "judge.jsonl")
+    if bench == "arena_write":
+        assert all(0 < row["tokens"][1] <= 8 and row["model"] == str(judge) for row in kept)
+    else:
+        assert all("too long" in row["error"] for row in kept)
     results = json.loads((run / "results.json").read_text())
-    assert sum(results["unscored"].values()) == {"writingbench": 20, "arena_write": 20}[bench]
+    assert sum(results["unscored"].values()) == 20 and kept
     assert results["models"]["there"]["health"]["format faults"]["mean"] == 0  # has no tags to keep
     check_error(evaluate.main, [*arguments, 'judge_sampling={"top_p": 0}'], "top_p=0.0", capsys)
 
@@ -3035,7 +2981,8 @@ def test_health_is_told_without_a_judge(tmp_path, capsys):
     evaluate.main([f"responses={rows}", f"out={out}", "dry_run=true"])
     assert not out.exists() and "0 calls" in capsys.readouterr().out
     evaluate.main([f"responses={rows}", f"out={out}"])
-    found = json.loads((out / "results.json").read_text())["models"]["rows"]["scores"]
+    results = json.loads((out / "results.json").read_text())
+    found = results["models"]["rows"]["scores"]
     mean = lambda key: found[key]["mean"]
     assert [mean(key) for key in ("words", "words/asked", "truncated")] == [600, 1.5, 0.5]
     assert mean("format faults") == 1 and mean("copied") == pytest.approx(0.25)
@@ -3044,7 +2991,7 @@ def test_health_is_told_without_a_judge(tmp_path, capsys):
     assert along[:4] == [0] * 4 and along[6:] == pytest.approx([1] * 4)
     assert evaluate.distinct_share("a b c a b c a b c") == pytest.approx(3 / 7)
     page = Tags(out / "report.html")
-    assert {"svg", "circle", "mark"} <= page.tags and "judge" not in found
+    assert {"svg", "circle", "mark"} <= page.tags and not results["judge"]
 
 
 def test_a_benchmarks_own_prompt_is_used_as_it_is(judge_url, tmp_path, capsys):
@@ -3167,7 +3114,7 @@ def test_every_key_is_read(module):
     """A dead knob: a key of a script's config that nothing reads."""
     shared = "".join(Path(m.__file__).read_text() for m in (module, pretrain, network))
     for key in module.CONFIG:
-        uses = re.findall(rf'config(?:\[|\.get\()"{key}"|"{key}"[,)\]]', shared)
+        uses = re.findall(rf'[\[(]"{key}"[\])]|(?:in|OPTIONS =) \([^)]*"{key}"', shared)
         assert uses or key == "resume", key
 
 
@@ -3202,8 +3149,7 @@ def test_an_outline_is_followed_in_its_order():
 def test_the_toy_is_small_opens_in_transformers_and_holds_out_what_it_says():
     """A held-out table that shows memory instead of skill, or ranges wider than promised; models
     that are too large to commit, or that only our code can open."""
-    train, held_out = ([json.loads(line) for line in (TOY / name).open()]
-                       for name in ("prompts.jsonl", "held_out.jsonl"))
+    train, held_out = (read_lines(TOY / name) for name in ("prompts.jsonl", "held_out.jsonl"))
     counts = [{int(row["id"].split("-")[0]) for row in rows} for rows in (train, held_out)]
     topics = [{tuple(row["topic"]) for row in rows} for rows in (train, held_out)]
     assert not counts[0] & counts[1] and not topics[0] & topics[1]
