@@ -2676,7 +2676,7 @@ def test_responses_join_their_prompts(judge_url, tmp_path, capsys):
     """A text scored as an answer to nothing, in silence; a length that is in its row and lost."""
     JudgeServer.say = lambda prompt, number: json.dumps({"score": 9 if "a fox" in prompt else 2})
     prompts = write_lines(tmp_path / "p.jsonl", [{"id": 0, "prompt": "Tell of a fox"},
-                                                 {"id": "x", "prompt": "Of a fox", "length": [1, 2]}])
+                                                 {"id": "x", "prompt": "a fox", "length": [1, 2]}])
     rows = write_lines(tmp_path / "rows.jsonl", [
         {"index": "0", "response": "one two three", "prompt": None, "length": [3, 5]},
         {"index": "x", "response": "one two", "length": None}, {"index": 7, "response": "one"}])
