@@ -37,8 +37,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model import (InputError, find_commit, find_folder, join_share, load_for_sampling,
-                   open_folder, parse_config, print_once, script, setup)
+from model import (InputError, context_length, find_commit, find_folder, join_share,
+                   load_for_sampling, open_folder, parse_config, print_once, script, setup)
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
                     format_fault, is_url, join, marked, page, response_row, scatter, table, tag)
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
@@ -228,7 +228,7 @@ class Folder:
     def complete(self, texts, jobs, on_reply):
         """As Endpoint.complete; the ranks share the jobs, and each hears of its own."""
         model, tokenizer = self.loaded
-        context, to_come = model.config["max_position_embeddings"], self.options["max_tokens"]
+        context, to_come = context_length(model.config), self.options["max_tokens"]
         prompts, work = [[0]] * len(texts), []
         for number, (place, attempt) in enumerate(jobs):
             tokens = tokenizer.encode(apply_template(tokenizer, self.template, texts[place]),

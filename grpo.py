@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (InputError, copy_weights, count_parameters, flops_per_token, join_share,
-                   load_config, load_for_sampling, load_for_training, load_tokenizer,
+from model import (InputError, context_length, copy_weights, count_parameters, flops_per_token,
+                   join_share, load_config, load_for_sampling, load_for_training, load_tokenizer,
                    parse_config, print_once, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
@@ -436,7 +436,7 @@ class Trainer:
         if not rows:
             raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
                              f"{config['max_tokens']}, found none")
-        context = load_config(config["model"])[1]["max_position_embeddings"]
+        context = context_length(load_config(config["model"])[1])
         return rows, encode_prompts(self.tokenizer, config["template"], rows, context,
                                     config["max_tokens"])
 

@@ -298,7 +298,7 @@ def read_config(path):
 def write_whole(path, text):
     """Write it aside and rename it: a kill leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -349,6 +349,13 @@ def rope_settings(config):
     rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
     rope.setdefault("rope_type", rope.get("type", "default"))
     return rope
+
+
+def context_length(config):
+    """Tokens that the positions reach: YaRN stretches the original context by its factor."""
+    rope = rope_settings(config)
+    stretched = rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(config["max_position_embeddings"], int(stretched))
 
 
 def rope_frequencies(config):

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from model import (SCORES, InputError, flops_per_token, is_scorer, load_config,
+from model import (SCORES, InputError, context_length, flops_per_token, is_scorer, load_config,
                    load_for_training, load_model, load_tokenizer, parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
@@ -350,7 +350,7 @@ class WritingModel:
         self.model = load_model(folder, ranks.device, torch.bfloat16 if is_cuda else torch.float32,
                                 ranks=ranks if is_cuda or ranks.world > 1 else None, head=SCORES)
         self.tokenizer = load_tokenizer(folder)
-        self.max_len, self.ranks = self.model.config["max_position_embeddings"], ranks
+        self.max_len, self.ranks = context_length(self.model.config), ranks
 
     def score(self, prompts, answers, pack_tokens=16_384):
         """A score for each answer to its prompt; higher is better, on the model's own scale.
@@ -924,7 +924,7 @@ def train_reward_model(config):
     _, found = load_config(config["model"])
     tokenizer = load_tokenizer(config["model"])
     model_config = scorer_config(config["model"], found, tokenizer)
-    max_len = min(config["max_len"], found["max_position_embeddings"])
+    max_len = min(config["max_len"], context_length(found))
     files = [config[key] for key in ("pairs", "val_pairs") if config[key]]
     rows = [load_rows(file, pair_row) for file in files]
     (pairs, cut), *rest = [tokenise_pairs(part, tokenizer, max_len, ranks, file)
@@ -1031,8 +1031,7 @@ def main(argv):
         batch_pairs=1, micro_tokens=1, max_len=8, centre=0, length_max=1 + 1e-6, concurrency=1,
         template=LIMITS["template"]))
     if config["plan"]:
-        length = min(config["max_len"],
-                     load_config(config["model"])[1]["max_position_embeddings"])
+        length = min(config["max_len"], context_length(load_config(config["model"])[1]))
         print_plan(config, 2 * config["batch_pairs"] * length,
                    max(2 * length, config["micro_tokens"]), length,
                    {"architectures": [SCORES]})

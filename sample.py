@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
-from model import (SHARE_SECONDS, WHOLE, InputError, has_decode_kernel, head_size, join_share,
-                   load_for_sampling, open_folder, parse_config, print_once, script, setup,
-                   split_config)
+from model import (SHARE_SECONDS, WHOLE, InputError, context_length, has_decode_kernel, head_size,
+                   join_share, load_for_sampling, open_folder, parse_config, print_once, script,
+                   setup, split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -79,6 +79,7 @@ def read_rows(path):
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
+    kind = "Parquet" if path.suffix == ".parquet" else kind
     try:
         for number, row in enumerate(read_any(path), 1):
             if row != b"":
@@ -94,7 +95,7 @@ def read_any(path):
             from pyarrow import parquet
         except ImportError:
             raise InputError(f"{path}: reading Parquet needs: pip install pyarrow") from None
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
         return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -149,7 +150,6 @@ def prompt_row(row, number, columns):
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"expected a text under {columns.get('prompt', 'prompt')!r}, "
                          f"found columns {sorted(row)}")
-    prompt.encode()  # half a surrogate pair is JSON, and no text
     length = get("length")
     if length is not None:
         if not (isinstance(length, list) and len(length) == 2
@@ -160,15 +160,21 @@ def prompt_row(row, number, columns):
     identity = number if get("id") is None else get("id")
     if not isinstance(identity, (str, int)):
         raise ValueError(f"expected an id that is a text or a whole number, found {identity!r}")
+    for text in prompt, str(identity):
+        text.encode()  # half a surrogate pair is JSON, and no text
     return {"id": identity, "prompt": prompt, "length": length}
 
 
 def load_prompts(path, columns=None, needs_length=False):
     """Prompt rows of a file; each id is there once."""
-    seen = set()
+    seen, columns = set(), columns or {}
+    for key, name in columns.items():
+        if key not in ("id", "prompt", "length") or not isinstance(name, str):
+            raise InputError(f"columns: expected names for id, prompt or length, "
+                             f"found {key!r}: {name!r}")
 
     def check(row, number):
-        found = prompt_row(row, number, columns or {})
+        found = prompt_row(row, number, columns)
         if found["id"] in seen:
             raise ValueError(f"expected a new id, found {found['id']!r} again")
         if needs_length and found["length"] is None:
@@ -287,7 +293,9 @@ def find_answer(completion, template):
     """The answer alone: what <answer> holds, closed or not, or "" without one; in chat, where
     there may be no tags, the text after any thinking."""
     completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>|<\|user\|>)\s*$", "", completion)
-    completion = re.sub(r"^\s*<think>.*?</think>", "", completion, flags=re.DOTALL)
+    # some chat templates open <think> in the prompt (QwQ, R1)
+    before = r"^.*?</think>" if template == "chat" else r"^\s*<think>.*?</think>"
+    completion = re.sub(before, "", completion, count=1, flags=re.DOTALL)
     found = re.search(r"<answer>(.*?)(?:</answer>|$)", completion, re.DOTALL)
     if found:
         return found[1].strip()
@@ -304,9 +312,8 @@ class Stops:
 
     def __init__(self, tokenizer, strings, num_tokens):
         self.tokenizer, self.strings = tokenizer, tuple(strings)
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"),
-                tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-        self.tokens = {token for token in ends if token is not None}
+        ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        self.tokens = {tokenizer.eos_token_id, *ends} - {None}
         last = {string[-1] for string in self.strings} | {"\ufffd"}
         pieces = tokenizer.batch_decode([[i] for i in range(num_tokens)])
         self.may_stop = torch.tensor([i in self.tokens or bool(last & set(piece))
@@ -371,8 +378,7 @@ def truncate(logits, top_p, top_k):
 def sample_tokens(logits, keys, positions, temperature, top_p, top_k, first=0):
     """Tokens (R,) and the log-probs (R,) that they were sampled with; greedy ones have 0. The
     logits (R, V) are of the tokens from `first` on."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens + first, logits.amax(-1) * 0  # NaN and infinity show
@@ -387,8 +393,7 @@ def sample_tokens(logits, keys, positions, temperature, top_p, top_k, first=0):
 def sample_among_ranks(share, logits, keys, positions, first, columns, **sampling):
     """sample_tokens where each rank of a share has `columns` of the logits, fewer at the end: the
     best of the ranks' own winners wins. All find the same one, from the same numbers."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling["temperature"] == 0 or sampling["top_k"] or sampling["top_p"] < 1:
         logits = F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
         logits = share.stack(logits).transpose(0, 1).flatten(1)  # (R, V): these need all of it
@@ -529,26 +534,22 @@ class Engine:
     @torch.inference_mode()
     def admit(self, work):
         """Fill free slots with (prompt, sample) pairs from work, and sample their first tokens."""
-        admitted = []
-        for slot in range(self.slots):
-            if self.has_work and not self.jobs[slot]:
-                self.jobs[slot] = next(work, None)
-                self.has_work = self.jobs[slot] is not None
-                admitted += [slot] * self.has_work
+        free = [slot for slot, job in enumerate(self.jobs) if not job]
+        admitted = dict(zip(free, work))  # {slot: job}, while there are both
+        self.has_work = len(admitted) == len(free)
         if not admitted:
             return
+        for slot, job in admitted.items():
+            self.jobs[slot], self.counts[slot] = job, 1
         self.prefill(admitted)
-        index = torch.tensor(admitted, device=self.device)
-        self.keys[index] = torch.tensor([noise_key(*self.identity, *self.jobs[slot])
-                                         for slot in admitted], dtype=torch.int32,
-                                        device=self.device)
-        logits = torch.stack([self.next_logits[self.held[slot]] for slot in admitted])
+        index = torch.tensor(list(admitted), device=self.device)
+        keys = [noise_key(*self.identity, *job) for job in admitted.values()]
+        self.keys[index] = torch.tensor(keys, dtype=torch.int32, device=self.device)
+        logits = torch.stack([self.next_logits[prompt] for prompt, _ in admitted.values()])
         tokens, logprobs = self.sample(logits, self.keys[index], self.count[index] * 0)
         self.token[index] = tokens
         self.out_tokens[index, 0], self.out_logprobs[index, 0] = tokens, logprobs.float()
         self.count[index] = self.is_active[index] = 1
-        for slot in admitted:
-            self.counts[slot] = 1
 
     def prefill(self, slots):
         """Bring the prompts of new jobs into their slots: read once, copied for their groups."""
@@ -564,7 +565,7 @@ class Engine:
             while fresh and (not pack or size + len(self.prompts[fresh[0]]) <= PREFILL_TOKENS):
                 pack.append(fresh.pop(0))
                 size += len(self.prompts[pack[-1]])
-            self.read_prompts(pack, torch.tensor([source[p] for p in pack], device=self.device))
+            self.read_prompts(pack, [source[prompt] for prompt in pack])
         for slot in slots:
             prompt = self.held[slot]
             if source[prompt] != slot:
@@ -573,12 +574,13 @@ class Engine:
         self.next_logits = {prompt: self.next_logits[prompt] for prompt in set(self.held) - {None}}
 
     def read_prompts(self, pack, slots):
-        """Keys and values of a pack of prompts into slots (P,), in one pass; their next logits."""
-        tokens = torch.tensor([token for prompt in pack for token in self.prompts[prompt]])
-        sizes = torch.tensor([0] + [len(self.prompts[prompt]) for prompt in pack])
-        self.cache.use_for_prefill(slots)
-        logits = self.model(tokens.to(self.device),
-                            sizes.cumsum(0).to(self.device, torch.int32), cache=self.cache)
+        """Keys and values of a pack of prompts into P slots, in one pass; their next logits."""
+        tokens = [token for prompt in pack for token in self.prompts[prompt]]
+        ends = itertools.accumulate(len(self.prompts[prompt]) for prompt in pack)
+        self.cache.use_for_prefill(torch.tensor(slots, device=self.device))
+        logits = self.model(torch.tensor(tokens, device=self.device),
+                            torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
+                            cache=self.cache)
         self.next_logits |= dict(zip(pack, logits))
 
     def length(self, slot):
@@ -619,8 +621,8 @@ class Engine:
         running = self.running()
         R = self.num_rows(running[-1] + 1)
         self.cache.use_for_decode(R, max(map(self.length, running)) + num_steps)
-        graph = self.step_graph(R) if self.device.type == "cuda" else None
         with shape_config.patch(use_duck_shape=False):  # sizes that are equal now may differ later
+            graph = self.step_graph(R) if self.device.type == "cuda" else None
             for _ in range(num_steps):
                 graph.replay() if graph else self.step(R)
         for slot in running:
@@ -645,18 +647,16 @@ class Engine:
         """Free the slots that stopped within the last num_steps tokens; their Completions."""
         window = (self.count[:, None] - 1  # one more, for the token that admit sampled
                   - torch.arange(num_steps + 1, device=self.device)).clamp(min=0)
-        limit = torch.tensor([self.limits[job[0]] if job else 1 << 30 for job in self.jobs],
-                             device=self.device)
-        logprobs = self.out_logprobs.gather(1, window)
-        ended = self.may_stop[self.out_tokens.gather(1, window)].any(1) | (self.count >= limit)
+        may_stop = self.may_stop[self.out_tokens.gather(1, window)].any(1)
+        is_finite = self.out_logprobs.gather(1, window).isfinite().all(1)
         self.wait()
-        ended, is_finite = torch.stack([ended, logprobs.isfinite().all(1)]).tolist()
+        may_stop, is_finite = torch.stack([may_stop, is_finite]).tolist()
         done = []
         for slot in self.running():
             if not is_finite[slot]:
                 raise FloatingPointError(f"prompt {self.jobs[slot][0]}: the model's logits are "
                                          "not finite")
-            if ended[slot]:
+            if may_stop[slot] or self.counts[slot] >= self.limits[self.jobs[slot][0]]:
                 done += self.end(slot, num_steps)
         return done
 
@@ -691,15 +691,14 @@ class Engine:
             slot = next(gaps)
             self.cache.copy(source, slot, self.length(source))
             for state in (self.token, self.keys, self.count, self.is_active, self.out_tokens,
-                          self.out_logprobs, self.cache.lengths):
-                state[slot] = state[source]
-            for state in (self.jobs, self.held, self.counts):
+                          self.out_logprobs, self.cache.lengths,
+                          self.jobs, self.held, self.counts):
                 state[slot] = state[source]
             self.release(source)
 
 
 def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0, top_p=1.0,
-             top_k=0, seed=0, step=0, compile_decode=False, on_look=None):
+             top_k=0, seed=0, step=0, compile_decode=False, on_look=lambda engine: False):
     """Yield a Completion for each (prompt, sample) of work, as they end.
 
     prompts: lists of tokens; work: an iterable of (place in prompts, sample number), pulled as
@@ -718,8 +717,7 @@ def generate(model, prompts, work, stops, max_tokens, slots=64, temperature=1.0,
         engine.decode(LOOK_EVERY)
         yield from engine.collect(LOOK_EVERY)
         engine.compact()
-        is_over = on_look is not None and on_look(engine) is True
-        if model.share.any(is_over):
+        if model.share.any(on_look(engine) is True):
             return
 
 
@@ -745,9 +743,9 @@ def deal(jobs, ranks, slots, name, share=WHOLE):
 
 # ---------------------------------------------------------------- writing from the command line
 
-def stream(model, tokenizer, stops, prompt_tokens, config):
-    """Write one completion to the terminal as it comes; return it."""
-    shown = ""
+def stream(model, tokenizer, stops, prompts, config):
+    """Write one completion to the terminal as it comes, then its size and speed."""
+    shown, start = "", time.perf_counter()
 
     def show(tokens):
         nonlocal shown
@@ -755,16 +753,19 @@ def stream(model, tokenizer, stops, prompt_tokens, config):
         print("" if model.share.rank else text[len(shown):], end="", flush=True)
         shown = text
 
-    options = {key: config[key] for key in OPTIONS}
-
     def on_look(engine):
         if engine.jobs[0]:
             show(engine.out_tokens[0, :engine.counts[0]].tolist())
 
-    completion, = generate(model, [prompt_tokens], [(0, 0)], stops, config["max_tokens"],
-                           slots=1, on_look=on_look, **options)
-    show(completion.tokens)
-    return completion
+    options = {key: config[key] for key in OPTIONS}
+    c, = generate(model, prompts, [(0, 0)], stops, config["max_tokens"], slots=1,
+                  on_look=on_look, **options)
+    seconds = time.perf_counter() - start
+    show(c.tokens)
+    if model.share.rank == 0:
+        words = count_words(find_answer(tokenizer.decode(c.tokens), config["template"]))
+        print(f"\n[{words} words, {len(c.tokens)} tokens, {len(c.tokens) / seconds:.0f} tokens/s, "
+              f"{c.finish}]")
 
 
 def append_rows(path, rows):
@@ -775,21 +776,19 @@ def append_rows(path, rows):
 
 
 def read_done(path):
-    """Rows that a file of JSON lines holds; a last line cut short by a crash is cut off."""
+    """Rows that a file of JSON lines holds. A last line cut short by a crash is cut off; one that
+    another rank went on after (a full disk) is passed over."""
     if not path.exists():
         return []
     text = path.read_bytes()
     whole = text[:text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    return [row for _, row in read_rows(path) if isinstance(row, dict)]
 
 
-def answer_file(model, tokenizer, stops, config, ranks):
-    """Answer every row of a file into out/responses.jsonl, from where it stops."""
-    rows = load_prompts(config["prompts"], config["columns"])
-    prompts = encode_prompts(tokenizer, config["template"], rows,
-                             model.config["max_position_embeddings"], config["max_tokens"])
+def answer_file(model, tokenizer, stops, rows, prompts, config, ranks):
+    """Answer every row into out/responses.jsonl, from where it stops."""
     path = Path(config["out"]) / "responses.jsonl"
     # one rank reads, before any can write: all must deal from the same list
     done = set(ranks.gather([(row["index"], row.get("sample", 0)) for row in read_done(path)]
@@ -809,12 +808,11 @@ def answer_file(model, tokenizer, stops, config, ranks):
     for c in generate(model, prompts, work, stops, config["max_tokens"], on_look=show, **options):
         if model.share.rank:
             continue
-        text = tokenizer.decode(c.tokens)
-        row = {"index": rows[c.prompt]["id"], "sample": c.sample,
-               "response": find_answer(text, config["template"]), "completion": text,
-               "prompt": rows[c.prompt]["prompt"], "length": rows[c.prompt]["length"],
-               "finish": c.finish}
-        append_rows(path, [row])
+        row, text = rows[c.prompt], tokenizer.decode(c.tokens)
+        append_rows(path, [{"index": row["id"], "sample": c.sample,
+                            "response": find_answer(text, config["template"]),
+                            "completion": text, "prompt": row["prompt"], "length": row["length"],
+                            "finish": c.finish}])
         ranks.store.add("answered", 1)
     ranks.any(False)
     bar.n = len(done) + ranks.store.add("answered", 0)
@@ -827,26 +825,19 @@ def answer_file(model, tokenizer, stops, config, ranks):
 def main(argv):
     config = parse_config(CONFIG, argv, LIMITS | dict(num_samples=1))
     ranks = setup()
+    rows = [{"id": "prompt", "prompt": config["prompt"]}]
     if config["prompts"]:
-        open_folder(config, ranks, may_differ={"slots", "sample_tp", "compile_decode"})
+        rows = load_prompts(config["prompts"], config["columns"])
     model, tokenizer = load_for_sampling(config["model"], ranks,
                                          join_share(ranks, config["sample_tp"]))
     stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)
-    if config["prompts"]:
-        return answer_file(model, tokenizer, stops, config, ranks)
-    row = {"id": "prompt", "prompt": config["prompt"]}
-    prompt_tokens, = encode_prompts(tokenizer, config["template"], [row],
-                                    model.config["max_position_embeddings"],
-                                    config["max_tokens"])
-    if ranks.rank >= config["sample_tp"]:
-        return
-    start = time.perf_counter()
-    completion = stream(model, tokenizer, stops, prompt_tokens, config)
-    seconds = time.perf_counter() - start
-    if ranks.rank == 0:
-        answer = find_answer(tokenizer.decode(completion.tokens), config["template"])
-        print(f"\n[{count_words(answer)} words, {len(completion.tokens)} tokens, "
-              f"{len(completion.tokens) / seconds:.0f} tokens/s, {completion.finish}]")
+    prompts = encode_prompts(tokenizer, config["template"], rows, context_length(model.config),
+                             config["max_tokens"])
+    if config["prompts"]:  # only now: a folder keeps the config that made it
+        open_folder(config, ranks, may_differ={"slots", "sample_tp", "compile_decode"})
+        answer_file(model, tokenizer, stops, rows, prompts, config, ranks)
+    elif ranks.rank < config["sample_tp"]:
+        stream(model, tokenizer, stops, prompts, config)
 
 
 if __name__ == "__main__":

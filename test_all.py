@@ -441,6 +441,14 @@ def test_a_damaged_folder_is_one_line_that_names_it(damage, words, tmp_path):
     assert all(word in str(error.value) for word in [str(tmp_path), *words])
 
 
+def test_yarn_reaches_what_it_stretches():
+    """Texts of 100,000 tokens refused by a folder that Qwen2.5's model card made for them."""
+    plain = dict(max_position_embeddings=32_768)
+    assert network.context_length(plain) == 32_768
+    assert network.context_length(plain | dict(rope_scaling=dict(
+        type="yarn", factor=4.0, original_max_position_embeddings=32_768))) == 131_072
+
+
 @pytest.mark.parametrize("max_bytes", [5_000_000_000, 5_000], ids=["single", "sharded"])
 @pytest.mark.parametrize("architecture, changes", [
     ("Qwen2ForCausalLM", dict(tie_word_embeddings=True)),
@@ -924,7 +932,7 @@ def test_longwriters_own_count_is_kept_apart(text, words):
     ("<think>a</think><answer>b<|endoftext|>", "think", "b"), ("<answer></answer>", "direct", ""),
     ("no tags", "think", ""), ("<think>a", "think", ""), ("a<answer>", "think", ""),
     ("<answer>a</answer><answer>b</answer>", "think", "a"), ("a b<|im_end|>", "chat", "a b"),
-    ("<think>a</think> b", "chat", "b"), ("<think>a", "chat", ""),
+    ("<think>a</think> b", "chat", "b"), ("<think>a", "chat", ""), ("a</think>b", "chat", "b"),
     ("<think>a</think><answer>b</answer>", "chat", "b"), ("<answer>b\n<|user|>", "think", "b")])
 def test_the_answer_alone_is_found(completion, template, answer):
     """Thinking, tags or an end token that are scored as if they were the text."""
@@ -934,12 +942,14 @@ def test_the_answer_alone_is_found(completion, template, answer):
 # ---------------------------------------------------------------- sample: the command
 
 def test_the_command_writes_responses_and_resumes(policy, tmp_path, capsys):
-    """A crash's half line that spoils the file, answers repeated or lost after it, or a resume
-    that mixes two settings in one file."""
+    """A crash's half line that spoils the file, even where another rank wrote on behind it,
+    answers repeated or lost after it, or a resume that mixes two settings in one file; a folder
+    that keeps the config of a command that was wrong."""
     path = write_lines(tmp_path / "rows.jsonl", [
         {"id": f"row-{n}", "prompt": "Hi", "length": [5, 9]} for n in range(6)])
     arguments = [f"model={policy}", f"prompts={path}", f"out={tmp_path / 'out'}", "num_samples=2",
                  "max_tokens=12", "slots=16"]
+    check_error(sample.main, arguments + ["max_tokens=999"], "more than the model's context", capsys)
     sample.main(arguments)
     out = tmp_path / "out" / "responses.jsonl"
     lines = out.read_text().splitlines(keepends=True)
@@ -950,10 +960,10 @@ def test_the_command_writes_responses_and_resumes(policy, tmp_path, capsys):
         assert row["prompt"] == "Hi" and row["length"] == [5, 9]
         assert row["finish"] in ("stop", "length")
         assert row["response"] == find_answer(row["completion"], "think")
-    out.write_text("".join(lines[:7]) + lines[7][:-9])
+    out.write_text("".join(lines[:6]) + '{"index": "ro' + lines[6] + lines[7][:-9])
     sample.main(arguments)
-    assert out.read_text().startswith("".join(lines[:7]))
-    assert sorted(out.read_text().splitlines(keepends=True)) == sorted(lines)
+    assert out.read_text().startswith("".join(lines[:6]))
+    assert sorted(map(str, sample.read_done(out))) == sorted(map(str, rows))
     check_error(sample.main, arguments + ["temperature=0.9"], "temperature was 0.6 and is now 0.9",
                 capsys)
     check_error(sample.main, arguments + ["resume=false"], "resume=false", capsys)
@@ -3019,7 +3029,7 @@ def test_a_benchmarks_own_prompt_is_used_as_it_is(judge_url, tmp_path, capsys):
     ("Ten slogans, each 20-30 words", None), ("a story of three parts, 500 words per part, "
                                               "totaling 1,500 words", [1350, 1650]),
     ("写一篇两千五百字左右的散文", [2250, 2750]), ("写一份报告，不少于3000字", [3000, 3300]),
-    ("2-3万字的小说", [20_000, 30_000]), ("全文控制在800字以内，标题10字以内", [720, 800]),
+    ("2-3万字的小说", [20_000, 30_000]), ("写一篇5到千字的文章", [5, 1000]), ("全文控制在800字以内，标题10字以内", [720, 800]),
     ("写一万二千字", [10_800, 13_200]), ("3000～4000字的演讲稿", [3000, 4000]),
     ("撰写20条评论，每条30-80字", None), ("有100个字母", None)])
 def test_a_stated_length_is_read(prompt, expected):
@@ -3084,6 +3094,7 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (grpo, "num_samples=1", "at least 2"), (grpo, "length_max=1", "length_max"),
     (grpo, "schedule=linear", "expected one of 'cosine', 'constant', 'inverse_sqrt'"),
     (grpo, "save_dtype=int8", "save_dtype=int8: expected one of '', 'float32'"),
+    (grpo, 'columns={"promt": "query"}', "names for id, prompt or length, found 'promt': 'query'"),
     (grpo, "prompts=nowhere.jsonl", "nowhere.jsonl"), (grpo, "model=nowhere", "nowhere"),
     (grpo, "reward_model=toy/prompts.jsonl", "toy/prompts.jsonl"),
     (grpo, "out=/dev/null/run", "out=/dev/null/run"), (grpo, "max_tokens=600", "context"),

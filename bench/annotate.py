@@ -60,7 +60,7 @@ def nearly(rng, prompt):
 
 
 def make_prompts(config, benchmark):
-    """(prompts, {kind: how many were planted})"""
+    """Prompts, with what is planted after those that it copies."""
     rng = random.Random(config["seed"])
     plain = config["rows"] - config["copies"] - config["quotes"] - config["foreign"]
     prompts = [make_prompt(rng, number) for number in range(plain)]
@@ -73,10 +73,8 @@ def make_prompts(config, benchmark):
             quotes.append("Write 800 words about this: " + " ".join(words[start:start + 30]))
     foreign = [" ".join(rng.choices("это была поздняя осень город море".split(), k=30))
                for _ in range(config["foreign"])]
-    every = prompts + copies + quotes + foreign
-    order = list(range(len(prompts))) + rng.sample(range(len(prompts), len(every)),
-                                                   len(every) - len(prompts))
-    return [every[place] for place in order]
+    planted = copies + quotes + foreign
+    return prompts + rng.sample(planted, len(planted))
 
 
 def write_chats(path, prompts):

@@ -4,7 +4,7 @@
 
 data: writingbench_v2_length.jsonl with its _C file, longbench_write_en.jsonl, longform.jsonl.gz.
 Three "models" answer: stories of the better and of the worse half of longform.jsonl.gz, cut to
-whole paragraphs of about the words asked, and sentences of the toy's grammar. The judge is
+whole paragraphs of about the words asked, and requests of the toy's prompts. The judge is
 bench/judge.py's: its scores are noise, so all models should be equal to it. Prints what each run
 took and leaves report.html and results.json under out.
 """

@@ -39,8 +39,8 @@ import transformers
 from tqdm import tqdm
 
 import grpo
-from model import (ChunkedLogProbs, find_commit, load_for_sampling, load_model, load_tokenizer,
-                   parse_config, script, setup)
+from model import (ChunkedLogProbs, InputError, find_commit, load_for_sampling, load_model,
+                   load_tokenizer, parse_config, script, setup)
 from pretrain import apply_gradient, draw_places, make_optimizer, to_pack
 from reward import rule_rewards
 from sample import Stops, apply_template, encode_prompts, generate, load_prompts
@@ -331,6 +331,8 @@ def compare_memory(config):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv, dict(runs=1, steps=1, threads=1))
+    if not set(config["parts"].split(",")) <= set(CONFIG["parts"].split(",")):
+        raise InputError(f"parts={config['parts']}: expected some of {CONFIG['parts']}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(config["threads"])
     versions = [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]

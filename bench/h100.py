@@ -2,7 +2,7 @@
 
     python bench/h100.py size=0.5B                      # all parts
     python bench/h100.py size=7B parts=attention,decode
-    OMP_NUM_THREADS=1 python bench/h100.py size=tiny    # smoke test, a few seconds on a CPU
+    OMP_NUM_THREADS=1 python bench/h100.py size=tiny    # smoke test, a minute or two on a CPU
 
 Prints markdown for bench/results.md. Weights are random and made on the device. bf16 with fp32
 references on CUDA, fp32 with fp64 ones on the CPU. GB is 1e9 bytes; a peak counts what is held.
@@ -319,8 +319,8 @@ def rollout_row(s, rows, context, is_compiled):
 
 def decode_part(s):
     print_table(f"Decode: {s.work['new_tokens']} new tokens",
-                ["rows x context", "tokens/s", "ms a step", "of it sampling", "bound ms", "share of bound",
-                 "prefill s", "peak GB"],
+                ["rows x context", "tokens/s", "ms a step", "of it sampling", "bound ms",
+                 "share of bound", "prefill s", "peak GB"],
                 {f"{rows} x {context}{', compiled' * is_compiled}":
                  partial(rollout_row, s, rows, context, is_compiled)
                  for context in s.work["contexts"] for rows in ROWS

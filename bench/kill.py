@@ -58,8 +58,7 @@ def die_at(stage):
 
     def dying(*args, **kwargs):
         result = done(*args, **kwargs)
-        if name != "replace" or str(args[0]).startswith(str(args[1]).removesuffix(".tmp")) \
-                and Path(args[1]).name.startswith("checkpoint-"):
+        if name != "replace" or Path(args[1]).name.startswith("checkpoint-"):
             calls.append(args)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGKILL)
@@ -138,6 +137,8 @@ def kill_at_random(command, log, kills, steps, number, rng):
 def main(argv):
     config = parse_config(CONFIG, argv, dict(
         kills=0, child=["", *STAGES], signal=["SIGKILL", "SIGTERM", "SIGINT"]))
+    if not set(config["scripts"]) <= set(COMMANDS):
+        raise InputError(f"scripts={config['scripts']}: expected some of {', '.join(COMMANDS)}")
     if config["child"]:
         return run_child(config["child"], config["command"])
     rng, number = random.Random(config["seed"]), signal.Signals[config["signal"]]

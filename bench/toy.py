@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "toy")]
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch
 
-import grammar
+from arms import read_run
 from model import find_commit, parse_config, script
-from sample import load_rows, read_done
+from sample import load_rows
 
 CONFIG = dict(
     seeds=[0, 1, 2],
@@ -28,22 +28,10 @@ CONFIG = dict(
 )
 
 
-def gold_scores(run, topics):
-    """{step: mean gold score of the evaluated answers, missing ones counting 0}."""
-    scores = {}
-    for path in sorted((Path(run) / "samples").glob("step-*.jsonl")):
-        rows = read_done(path)
-        scores[int(path.stem.split("-")[1])] = sum(
-            grammar.gold_score(row["response"], topics[row["index"]]) for row in rows) / len(rows)
-    return scores
-
-
-def print_run(run, seconds, topics):
-    log = read_done(Path(run) / "log.jsonl")
-    gold = gold_scores(run, topics)
-    evals = [row | {"gold": gold[row["step"]]} for row in log if "eval/length" in row]
+def print_run(run, seconds, prompts):
+    evals = list(read_run(run, prompts).values())
     names = [key for key in evals[0] if key.startswith("eval/")] + ["gold"]
-    print(f"\n{run}: {log[-1]['step']} steps in {seconds:.0f} s\n")
+    print(f"\n{run}: {evals[-1]['step']} steps in {seconds:.0f} s\n")
     print("| step | " + " | ".join(names) + " | repetition | truncated |")
     print("|---" * (len(names) + 3) + "|")
     for row in evals:
@@ -55,14 +43,14 @@ def print_run(run, seconds, topics):
 @script
 def main(argv):
     config = parse_config(CONFIG, argv)
-    topics = {row["id"]: row["topic"] for row in load_rows(config["prompts"], lambda row, n: row)}
+    prompts = {row["id"]: row for row in load_rows(config["prompts"], lambda row, n: row)}
     print(f"commit {find_commit()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for seed in config["seeds"]:
         run, start = f"{config['out']}-{seed}", time.time()
         subprocess.run([sys.executable, str(HERE.parent / "grpo.py"), f"out={run}",
                         f"seed={seed}", f"steps={config['steps']}", *config["options"]],
                        check=True, stdout=subprocess.DEVNULL)
-        print_run(run, time.time() - start, topics)
+        print_run(run, time.time() - start, prompts)
 
 
 if __name__ == "__main__":

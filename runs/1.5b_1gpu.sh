@@ -11,7 +11,7 @@
 # Computed for a reward model of the same size, bytes on the GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                24,699,428,864
 #   sampling weights                                    3,087,428,608
-#   reward model                                        3,087,428,608
+#   reward model                                        3,087,431,680
 #   two gathered blocks, one's gradient                   374,383,024
 #   gathered embedding and head, gradient               1,400,242,176
 #   saved block inputs                                    704,643,072
@@ -20,8 +20,8 @@
 #   a block's gradients on the way                        587,202,560
 #   logits of a chunk                                     805,306,368
 #   cache of 64 slots                                  15,619,588,096
-#   together, training                                 36,241,856,944
-#   together, sampling                                 46,493,874,176
+#   together, training                                 36,241,860,016
+#   together, sampling                                 46,493,877,248
 # each step
 #   parameters                                          1,543,714,304
 #   tokens                                                    512,000

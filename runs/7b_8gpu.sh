@@ -11,7 +11,7 @@
 # Computed for a reward model of the same size, bytes on each GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                15,231,233,024
 #   sampling weights                                   15,231,233,024
-#   reward model                                        1,903,904,128
+#   reward model                                        1,767,655,680
 #   two gathered blocks, one's gradient                 1,864,463,360
 #   gathered embedding and head, gradient               4,359,979,008
 #   saved block inputs                                  3,288,334,336
@@ -20,8 +20,8 @@
 #   a block's gradients on the way                      2,483,027,968
 #   logits of a chunk                                     805,306,368
 #   cache of 32 slots                                  26,629,636,096
-#   together, training                                 51,879,416,192
-#   together, sampling                                 58,996,006,272
+#   together, training                                 51,743,167,744
+#   together, sampling                                 58,859,757,824
 # each step
 #   parameters                                          7,615,616,512
 #   tokens                                                  3,584,000

@@ -22,7 +22,6 @@ import collections
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import unicodedata
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from model import InputError, open_folder, parse_config, script, setup
+from model import InputError, open_folder, parse_config, script, setup, write_whole
 from pretrain import find_files
 from reward import Endpoint, Judge, fence, fill
 from sample import HAN, checked_rows, find_words, prompt_row
@@ -118,8 +117,9 @@ def stated_range(found, before, after):
     """[lo, hi] of a match, by the words around it."""
     low, high = read_number(found["low"]), read_number(found["high"] or found["low"])
     if found["high"] and low < high:
-        if low < high // 100 and re.search(r"[千万k]", found["high"]):  # 2-3万 means 20,000 on
-            low *= high // read_number(re.sub(r"[千万k]", "", found["high"]))
+        digits = read_number(re.sub(r"[千万k]", "", found["high"]))
+        if digits and low < high // 100:  # 2-3万 means 20,000 on
+            low *= high // digits
         return [low, high]
     if MOST.search(before) and not re.search(r"不少于|no less than|not less than|至少|不得少于",
                                              before) or MOST.match(after):
@@ -301,9 +301,7 @@ def stated_lengths(rows, dropped):
 
 
 def write_rows(path, rows):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @script

@@ -18,7 +18,7 @@
 # Computed for a reward model of the same size, bytes on each GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                 8,190,969,088
 #   sampling weights                                    8,190,969,088
-#   reward model                                        1,023,871,136
+#   reward model                                          999,541,056
 #   two gathered blocks, one's gradient                 3,900,842,624
 #   gathered embedding and head, gradient               6,228,541,440
 #   saved block inputs                                 10,737,418,240
@@ -27,8 +27,8 @@
 #   a block's gradients on the way                      3,623,878,656
 #   logits of a chunk                                     805,306,368
 #   cache of 108 slots                                 51,357,155,328
-#   together, training                                 58,539,488,544
-#   together, sampling                                 68,762,964,640
+#   together, training                                 58,515,158,464
+#   together, sampling                                 68,738,634,560
 # each step
 #   parameters                                         32,763,876,352
 #   tokens                                                 14,336,000
