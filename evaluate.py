@@ -275,7 +275,7 @@ def generate_texts(name, source, items, template, out, ranks):
     rows = Cache(source, out / "generated.jsonl", ranks).answer(
         [item.prompt for item in items], range(len(items)), told=name,
         labels=[{"index": item.id, "name": name} for item in items])
-    texts = [read_text(row, "chat" if isinstance(source, Endpoint) else template) for row in rows]
+    texts = [read_text(row, template) for row in rows]
     if ranks.rank == 0:
         lines = [{"index": item.id, "response": text.response, "completion": text.completion,
                   "prompt": item.prompt, "length": item.length, "finish": text.finish}
@@ -902,13 +902,14 @@ def main(argv):
     sources = {name: open_writer(name, place, config, ranks) for name, place in writers.items()}
     judge = open_judge(config, ranks) if config["judge"] else None
     open_folder(config, ranks, {"limit", "slots", "sample_tp", "concurrency", "timeout"})
+    templates = {name: "chat" if is_url(place) else config["template"]
+                 for name, place in writers.items()}  # whose tags their texts should have
     for name in writers:  # popped, so that no two models are in memory
-        texts[name] = generate_texts(name, sources.pop(name), items, config["template"], out, ranks)
+        texts[name] = generate_texts(name, sources.pop(name), items, templates[name], out, ranks)
     texts |= baselines
     questions = ask_about(bench, template, items, texts, models) if judge else []
     judged = judge_all(questions, judge) if judge else []
-    tags = {name: "chat" for name, place in writers.items() if is_url(place)}
-    healths = {name: [examine(item, text, tags.get(name, config["template"]))
+    healths = {name: [examine(item, text, templates.get(name, config["template"]))
                       for item, text in zip(items, some)] for name, some in texts.items()}
     found = score_models(bench, items, texts, models, healths, judged, subsets, anchor)
     results, unscored = summarise_run(config, items, texts, models, found, judged, template)

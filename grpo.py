@@ -402,6 +402,7 @@ class Trainer:
     def __init__(self, config, ranks):
         self.config, self.ranks = config, ranks
         self.tokenizer = load_tokenizer(config["model"])
+        self.context = context_length(load_config(config["model"])[1])
         self.rows, self.prompts = self.load_prompts("prompts")
         self.eval_rows, self.eval_prompts = self.load_prompts("eval_prompts")
         self.model = load_for_training(config, ranks)
@@ -436,8 +437,7 @@ class Trainer:
         if not rows:
             raise InputError(f"{config[key]}: expected prompts whose range fits max_tokens="
                              f"{config['max_tokens']}, found none")
-        context = context_length(load_config(config["model"])[1])
-        return rows, encode_prompts(self.tokenizer, config["template"], rows, context,
+        return rows, encode_prompts(self.tokenizer, config["template"], rows, self.context,
                                     config["max_tokens"])
 
     def bring_weights(self):

@@ -704,8 +704,7 @@ def score_responses(rows, writing, template, length_max):
     length; NaN where nobody can tell."""
     scores, reasons = [math.nan] * len(rows), [""] * len(rows)
     if writing:
-        scores = writing.score([row["prompt"] or "" for row in rows],
-                               [row["response"] for row in rows])
+        scores = writing.score(*([row[key] for row in rows] for key in ("prompt", "response")))
         reasons = [v.reason for v in getattr(writing, "verdicts", [])] or reasons
     scored = []
     for row, score, reason in zip(rows, scores, reasons):
@@ -984,7 +983,7 @@ def text_block(name, rewards):
     told = [tag("p", tag("b", f"{key} {shown(rewards[key])}"), " ", reason)
             for key, reason in reasons.items() if reason]
     return tag("details", tag("summary", tag("b", name), " ", tag("small", values)),
-               tag("p", rewards["prompt"] or "", class_="soft"), *told,
+               tag("p", rewards["prompt"], class_="soft"), *told,
                marked(rewards["answer"], rewards["copied"]))
 
 
@@ -996,9 +995,10 @@ def print_components(config):
     except OSError as error:
         raise InputError(f"out={config['out']}: cannot be made: {error.strerror}") from None
     rows = load_rows(config["responses"], response_row)
-    known = {str(row["id"]): {key: value for key, value in row.items() if value is not None}
+    told = lambda row: {key: value for key, value in row.items() if value is not None}
+    known = {str(row["id"]): told(row)
              for row in (load_prompts(config["prompts"]) if config["prompts"] else [])}
-    rows = [{"prompt": None, "length": None} | row | known.get(str(row["index"]), {})
+    rows = [{"prompt": "", "length": None} | told(row) | known.get(str(row["index"]), {})
             for row in rows]
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
         writing = open_writing(config["model"], ranks, config["judge_model"],

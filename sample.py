@@ -105,11 +105,16 @@ def read_any(path):
                 raise ValueError(f"found {type(rows).__name__}")
             yield from rows
             return
-        for line in map(bytes.strip, file):
-            try:
-                yield line and json.loads(line.decode())
-            except (ValueError, RecursionError):  # brackets within brackets
-                yield line.decode(errors="replace")[:40]
+        yield from map(read_line, file)
+
+
+def read_line(line):
+    """What a line of JSON holds, the beginning of its text where it is none, b"" if empty."""
+    line = line.strip()
+    try:
+        return line and json.loads(line.decode())
+    except (ValueError, RecursionError):  # brackets within brackets
+        return line.decode(errors="replace")[:40]
 
 
 def checked_rows(path, check):
@@ -784,7 +789,7 @@ def read_done(path):
     whole = text[:text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(path, len(whole))
-    return [row for _, row in read_rows(path) if isinstance(row, dict)]
+    return [row for row in map(read_line, whole.splitlines()) if isinstance(row, dict)]
 
 
 def answer_file(model, tokenizer, stops, rows, prompts, config, ranks):
