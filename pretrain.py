@@ -225,40 +225,48 @@ class Run:
         """Write checkpoint-NNNNNN aside, sync it, rename it, then move the links; collective."""
         target = self.folder / f"checkpoint-{step:06d}"
         aside = target.with_suffix(".tmp")
-        if step != self.saved:
-            default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
-            dtype = getattr(torch, self.config["save_dtype"] or default)
-            needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
+        try:
+            if step != self.saved:
+                self.write_aside(aside, model, optimizer)
+            if self.is_main:
+                self.state["step"] = step
+                self.publish(aside, target, ["best", "latest"] if is_best else ["latest"])
+        except (OSError, SafetensorError, CheckpointException) as error:
+            free = shutil.disk_usage(self.folder).free  # torch's words may not say it
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
-                raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
-                                 "the checkpoint before is intact")
-            try:
-                save_folder(model, aside, dtype)
-                dcp.save(state_of(model, optimizer), checkpoint_id=aside / "state",
-                         no_dist=self.ranks.world == 1)
-            except (OSError, SafetensorError, CheckpointException) as error:
-                free = shutil.disk_usage(self.folder).free  # torch's words may not say it
-                if self.is_main:
-                    shutil.rmtree(aside, ignore_errors=True)
-                raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
-                                 f"{cause_of(error)}; the checkpoint before is intact") from None
-        if self.is_main:
-            self.state["step"] = step
-            place = aside if aside.exists() else target  # there, what is told of them may be new
-            write_whole(place / "state" / "run.json", json.dumps(self.state))
-            if place == aside:
-                sync_folder(aside)
-                if target.exists():  # of a run that went on from an earlier one
-                    shutil.rmtree(target)
-                os.replace(aside, target)
-            for link in ["best", "latest"] if is_best else ["latest"]:
-                point_link(self.folder / link, target.name)
-            self.prune()
+            raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
+                             f"{cause_of(error)}; the checkpoint before is intact") from None
         self.saved = step
         self.ranks.any(False)
         return target
+
+    def write_aside(self, aside, model, optimizer):
+        """The weights for others, and state/ to go on from; collective."""
+        default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
+        dtype = getattr(torch, self.config["save_dtype"] or default)
+        needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
+        if self.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
+            raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
+                             "the checkpoint before is intact")
+        save_folder(model, aside, dtype)
+        dcp.save(state_of(model, optimizer), checkpoint_id=aside / "state",
+                 no_dist=self.ranks.world == 1)
+
+    def publish(self, aside, target, links):
+        """What was written aside becomes a checkpoint that links name; older ones go."""
+        place = aside if aside.exists() else target  # there, what is told of them may be new
+        write_whole(place / "state" / "run.json", json.dumps(self.state))
+        if place == aside:
+            sync_folder(aside)
+            if target.exists():  # of a run that went on from an earlier one
+                shutil.rmtree(target)
+            os.replace(aside, target)
+        for link in links:
+            point_link(self.folder / link, target.name)
+        self.prune()
 
     def prune(self):
         kept = {(self.folder / link).resolve().name for link in ("best", "latest")}

@@ -21,6 +21,7 @@ K key/value heads, D head size, V vocabulary.
    without a word about either: the leader only tells which job comes next.
 """
 import fcntl
+import functools
 import gzip
 import hashlib
 import itertools
@@ -628,8 +629,12 @@ class Engine:
         self.cache.use_for_decode(R, max(map(self.length, running)) + num_steps)
         with shape_config.patch(use_duck_shape=False):  # sizes that are equal now may differ later
             graph = self.step_graph(R) if self.device.type == "cuda" else None
-            for _ in range(num_steps):
-                graph.replay() if graph else self.step(R)
+            step = graph.replay if graph else functools.partial(self.step, R)
+            step()
+            # what a compiled step was made for is checked once: nothing changes within a look
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                for _ in range(num_steps - 1):
+                    step()
         for slot in running:
             self.counts[slot] += num_steps
         self.num_tokens += num_steps * len(running)
@@ -782,14 +787,18 @@ def append_rows(path, rows):
 
 def read_done(path):
     """Rows that a file of JSON lines holds. A last line cut short by a crash is cut off; one that
-    another rank went on after (a full disk) is passed over."""
+    another rank went on after (a full disk) is named and passed over."""
     if not path.exists():
         return []
     text = path.read_bytes()
     whole = text[:text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         os.truncate(path, len(whole))
-    return [row for row in map(read_line, whole.splitlines()) if isinstance(row, dict)]
+    rows = list(map(read_line, whole.splitlines()))
+    for number, row in enumerate(rows, 1):
+        if row != b"" and not isinstance(row, dict):
+            print_once(f"passed over {path}:{number}: expected a JSON object, found {row!r}")
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def answer_file(model, tokenizer, stops, rows, prompts, config, ranks):

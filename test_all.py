@@ -962,6 +962,7 @@ def test_the_command_writes_responses_and_resumes(policy, tmp_path, capsys):
         assert row["response"] == find_answer(row["completion"], "think")
     out.write_text("".join(lines[:6]) + '{"index": "ro' + lines[6] + lines[7][:-9])
     sample.main(arguments)
+    assert f"passed over {out}:7: expected a JSON object, found" in capsys.readouterr().out
     assert out.read_text().startswith("".join(lines[:6]))
     assert sorted(map(str, sample.read_done(out))) == sorted(map(str, rows))
     check_error(sample.main, arguments + ["temperature=0.9"], "temperature was 0.6 and is now 0.9",
@@ -1983,7 +1984,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("fault", ["full before", "full at the state", "full in truth"])
+@pytest.mark.parametrize("fault", ["full before", "full at the state", "full at the sync",
+                                   "full in truth"])
 def test_a_full_disk_leaves_the_checkpoint_before(fault, pretraining, tmp_path, monkeypatch,
                                                   capsys, request):
     """A half-written checkpoint as `latest`, or the last good one pruned for it."""
@@ -1994,9 +1996,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(fault, pretraining, tmp_path, 
         free = 1000 if fault == "full before" else 10 ** 9  # others may write after we ask
         usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 10 ** 9 - free, free)
         patch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
+        fill = lambda *_, **__: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
         if fault == "full at the state":
-            patch.setattr(pretrain.dcp, "save", lambda *_, **__: os.write(
-                os.open("/dev/full", os.O_WRONLY), b"x"))
+            patch.setattr(pretrain.dcp, "save", fill)
+        if fault == "full at the sync":
+            patch.setattr(pretrain, "sync_folder", fill)
         if fault == "full in truth":
             honest = os.statvfs(disk)
             filler.write_bytes(b"x" * (honest.f_bavail * honest.f_frsize - 400_000))
