@@ -416,10 +416,10 @@ def attention(q, k, v, span):
     if span.mask is None:
         return triton_decode(q, k, v, span.lengths)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (S, K, keys, D)
+    q = q.unflatten(1, (k.shape[1], -1))  # (S, K, H/K, D)
     if q.is_cuda:  # kernels that take a mask have no grouped heads: a group becomes its queries
-        return F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v,
-                                              attn_mask=span.mask).flatten(1, 2)
-    q = q.unflatten(1, (k.shape[1], -1)) * q.shape[-1] ** -0.5  # (S, K, H/K, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask).flatten(1, 2)
+    q = q * q.shape[-1] ** -0.5
     if torch.compiler.is_compiling():
         # Sums that fuse read a key once for its group of queries. as_strided puts the queries in
         # memory: else the compiler rotates them anew at each key.

@@ -34,7 +34,6 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
-from multiprocessing import forkserver
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -949,7 +948,8 @@ def test_the_command_writes_responses_and_resumes(policy, tmp_path, capsys):
         {"id": f"row-{n}", "prompt": "Hi", "length": [5, 9]} for n in range(6)])
     arguments = [f"model={policy}", f"prompts={path}", f"out={tmp_path / 'out'}", "num_samples=2",
                  "max_tokens=12", "slots=16"]
-    check_error(sample.main, arguments + ["max_tokens=999"], "more than the model's context", capsys)
+    check_error(sample.main, arguments + ["max_tokens=999"], "more than the model's context",
+                capsys)
     sample.main(arguments)
     out = tmp_path / "out" / "responses.jsonl"
     lines = out.read_text().splitlines(keepends=True)
@@ -3049,7 +3049,8 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     quoted = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     prompts = [tell("a fox"), tell("the foxy"), "请写一篇关于海港的文章，800字左右。",
                "напиши рассказ о море и о городе", f"800 words on: {quoted}, fifteen",
-               "Say hello", "Write 60 words on bees", "Write 50,000 words on ants", "fault 800 words"]
+               "Say hello", "Write 60 words on bees", "Write 50,000 words on ants",
+               "fault 800 words"]
     for name, some in (("chats-1", prompts[:4]), ("chats-2", prompts[4:])):
         write_lines(tmp_path / f"{name}.jsonl", [
             {"conversation": [{"role": "user", "content": prompt}, {"role": "assistant",
