@@ -630,7 +630,11 @@ class Engine:
         with shape_config.patch(use_duck_shape=False):  # sizes that are equal now may differ later
             graph = self.step_graph(R) if self.device.type == "cuda" else None
             step = graph.replay if graph else functools.partial(self.step, R)
-            step()
+            try:
+                step()
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = str(error.inner_exception).partition("\n")[0]
+                raise InputError(f"compile_decode=true: {reason}") from None
             # what a compiled step was made for is checked once: nothing changes within a look
             with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
                 for _ in range(num_steps - 1):

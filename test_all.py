@@ -682,7 +682,8 @@ def test_texts_equal_one_sequence_at_a_time_in_any_slots_and_order(policy, naive
 
 
 def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypatch):
-    """A minute of compiling for each number of rows, length of the cache, rollout."""
+    """A minute of compiling for each number of rows, length of the cache, rollout; a traceback
+    where there is no compiler."""
     ours, prompts, stops = load_policy(policy, torch.float64, naive[2])
     ours.model.layers = ours.model.layers[:1]  # a layer is seconds of tracing
     write = lambda slots, **options: texts_of(generate(
@@ -693,6 +694,13 @@ def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypat
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     assert write(16, compile_decode=True) == write(64, compile_decode=True) == expected
     assert backend.frame_count == 1
+
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no compiler\nlong output")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=no_compiler))
+    with pytest.raises(InputError, match="compile_decode=true: no compiler"):
+        write(16, compile_decode=True)
     half, prompts, stops = load_policy(policy, torch.float64, share=network.Share(0, 2, None))
     with pytest.raises(InputError, match="sample_tp=1, found 2"):
         next(generate(half, prompts, ALL_WORK, stops, CAPS, compile_decode=True))
