@@ -1054,6 +1054,8 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
             parts[file][name] = whole.cpu().contiguous()
             if len(parts[file]) == len(plan.filename_to_tensors[file]):  # written once it is whole
                 save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
+                # safetensors 0.8 lets nobody but the owner read it
+                shutil.copymode(folder / "config.json", folder / file)
     if is_writer and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

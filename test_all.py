@@ -457,11 +457,15 @@ def test_yarn_reaches_what_it_stretches():
     ids=["tied", "untied", "scorer"])
 def test_a_saved_folder_round_trips_through_transformers(architecture, changes, max_bytes,
                                                          tmp_path):
-    """A tensor lost or renamed at saving, which transformers would fill at random."""
+    """A tensor lost or renamed at saving, which transformers would fill at random; weights that
+    only their owner can read."""
     theirs = make_model(tmp_path / "theirs", architecture, **changes)
     ours = load_model(str(tmp_path / "theirs"), "cpu", head=architecture)
     save_folder(ours, tmp_path / "ours", torch.float32, max_bytes)
-    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 5 or max_bytes > 5_000
+    files = list((tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 5 or max_bytes > 5_000
+    config = tmp_path / "ours" / "config.json"
+    assert {file.stat().st_mode for file in files} == {config.stat().st_mode}
     back, info = getattr(transformers, architecture).from_pretrained(
         tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
