@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (InputError, context_length, copy_weights, count_parameters, flops_per_token,
-                   join_share, load_config, load_for_sampling, load_for_training, load_tokenizer,
-                   parse_config, print_once, sampling_plan, script, setup)
+from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
+                   count_parameters, flops_per_token, join_share, load_config, load_for_training,
+                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
                       learning_rate, make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
@@ -409,8 +409,10 @@ class Trainer:
         self.model.num_tokens = len(self.tokenizer)
         self.sampler = self.model  # one copy of the weights serves both on one CPU process
         share = join_share(ranks, config["sample_tp"])
-        if ranks.world > 1 or ranks.device.type == "cuda":
-            self.sampler, _ = load_for_sampling(config["model"], ranks, share)
+        if ranks.shards:  # a copy of its own, which bring_weights fills
+            self.sampler = build_model(self.model.config, ranks.device,
+                                       compute_dtype(ranks.device), share=share)
+            self.sampler.num_tokens = self.model.num_tokens
         longest = max(map(len, self.prompts + self.eval_prompts))
         memory = torch.cuda.mem_get_info()[1] if ranks.device.type == "cuda" else 0
         self.slots = min(ranks.gather([plan_sampling(config, ranks.world, memory, longest)[2]]))

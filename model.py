@@ -209,6 +209,11 @@ class Ranks(NamedTuple):
     device: torch.device
     store: object
 
+    @property
+    def shards(self):
+        """Whether what is trained is sharded over the ranks: on CUDA always, a mesh of one too."""
+        return self.world > 1 or self.device.type == "cuda"
+
     def gather(self, items):
         """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
         if self.world == 1:
@@ -968,8 +973,8 @@ def init_weights(model, seed):
 
 def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, recompute="none",
                 compile=False, offload=False):
-    """A model without values yet; with ranks it is sharded over them, with a share it is this
-    rank's slices, and was never whole.
+    """A model without values yet; with ranks that shard it is sharded over them, with a share it
+    is this rank's slices, and was never whole.
 
     recompute: as Block says; compile: each block by torch.compile, once for all; offload: as
     shard says."""
@@ -977,7 +982,7 @@ def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, re
         model = Qwen2(config, recompute, share).to(dtype)
     if share.size > 1:
         split(model)
-    if ranks is not None:
+    if ranks and ranks.shards:
         shard(model, ranks, offload)
     if compile:
         for block in model.model.layers:
@@ -1009,20 +1014,23 @@ def load_model(name, device, dtype=torch.float32, ranks=None, config=None, new=(
 
 
 def load_for_training(keys, ranks, **options):
-    """The model of a training script's config, fp32, sharded unless this is the only process and
-    on the CPU."""
+    """The model of a training script's config, fp32."""
     is_cuda = ranks.device.type == "cuda"
-    return load_model(keys["model"], ranks.device,
-                      ranks=ranks if is_cuda or ranks.world > 1 else None,
+    return load_model(keys["model"], ranks.device, ranks=ranks,
                       recompute=keys["recompute"] or ("all_but_attention" if is_cuda else "none"),
                       compile=is_cuda and keys["compile"], offload=is_cuda and keys["offload"],
                       **options)
 
 
+def compute_dtype(device):
+    """Of weights that nobody trains."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_for_sampling(name, ranks, share=WHOLE):
-    """(a plain copy or a rank's slices of one, bf16 on CUDA and fp32 on the CPU; its tokenizer)"""
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model, tokenizer = load_model(name, ranks.device, dtype, share=share), load_tokenizer(name)
+    """(a plain copy or a rank's slices of one, its tokenizer)"""
+    model = load_model(name, ranks.device, compute_dtype(ranks.device), share=share)
+    tokenizer = load_tokenizer(name)
     model.num_tokens = len(tokenizer)
     return model, tokenizer
 

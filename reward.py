@@ -49,8 +49,9 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from model import (SCORES, InputError, context_length, flops_per_token, is_scorer, load_config,
-                   load_for_training, load_model, load_tokenizer, parse_config, script, setup)
+from model import (SCORES, InputError, compute_dtype, context_length, flops_per_token, is_scorer,
+                   load_config, load_for_training, load_model, load_tokenizer, parse_config,
+                   script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -346,9 +347,8 @@ class WritingModel:
     policy is; plain on one CPU process."""
 
     def __init__(self, folder, ranks):
-        is_cuda = ranks.device.type == "cuda"
-        self.model = load_model(folder, ranks.device, torch.bfloat16 if is_cuda else torch.float32,
-                                ranks=ranks if is_cuda or ranks.world > 1 else None, head=SCORES)
+        self.model = load_model(folder, ranks.device, compute_dtype(ranks.device), ranks,
+                                head=SCORES)
         self.tokenizer = load_tokenizer(folder)
         self.max_len, self.ranks = context_length(self.model.config), ranks
 

@@ -173,7 +173,7 @@ def same(a, b):
 
 def load_on(ranks, folder, **options):
     """A model to train, sharded over the ranks when there are several."""
-    return load_model(folder, ranks.device, ranks=ranks if ranks.world > 1 else None, **options)
+    return load_model(folder, ranks.device, ranks=ranks, **options)
 
 
 def gradients(model):
