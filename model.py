@@ -1023,7 +1023,7 @@ def load_for_training(keys, ranks, **options):
 
 
 def compute_dtype(device):
-    """Of weights that nobody trains."""
+    """Of weights that nobody trains: to compute with, or to export."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, count_parameters, flops_per_token, load_config,
+from model import (InputError, compute_dtype, count_parameters, flops_per_token, load_config,
                    load_for_training, load_tokenizer, open_folder, parse_config, print_table,
                    save_folder, script, setup, training_plan, write_whole)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
@@ -243,11 +243,9 @@ class Run:
 
     def write_aside(self, aside, model, optimizer):
         """The weights for others, and state/ to go on from; collective."""
-        default = "bfloat16" if self.ranks.device.type == "cuda" else "float32"
-        dtype = getattr(torch, self.config["save_dtype"] or default)
+        name = self.config["save_dtype"]
+        dtype = getattr(torch, name) if name else compute_dtype(self.ranks.device)
         needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
-        if self.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
         if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
             raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
                              "the checkpoint before is intact")
