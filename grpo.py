@@ -52,7 +52,7 @@ CONFIG = dict(
     columns={},                    # other names of "id", "prompt", "length"
     template="think",              # think, direct or chat
     out="out/grpo",                # the run's folder
-    steps=120,
+    steps=100,
     num_prompts=8,                 # P, prompts a step
     num_samples=8,                 # G, samples a prompt
     max_tokens=400,                # of a completion
@@ -77,7 +77,7 @@ CONFIG = dict(
     slots=64,                      # sequences that decode together; 0: as many as a GPU holds
     sample_tp=1,                   # ranks that share one copy of the sampling weights
     compile_decode=False,          # decode steps by torch.compile: a minute at first, then faster
-    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=40, save_every=40),
+    **TRAINING | dict(weight_decay=0.0, warmup=20, beta2=0.99, eval_every=25, save_every=50),
 )
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
 EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1

@@ -1,15 +1,20 @@
 """Remake the toy from nothing: tokenizer, prompts, base model, reward model.
 
     python toy/make.py                 writes toy/policy, toy/reward and the toy's rows
-    python toy/make.py out=/tmp/toy    the same, elsewhere; 45 minutes on two cores
+    python toy/make.py out=/tmp/toy    the same, elsewhere; half an hour on two cores
+
+The same command goes on where it stopped. After a change remove `work` first.
 
 The base model is pretrained twice. First on clean completions, which plan, keep to the plan and
 to the requested length: a model this small needs them to learn to copy from prompt and plan at
-all. Then on completions of mixed quality, as a base model's corpus is: one in four follows a
-plan, a third break the tags, half drift off topic, repeat themselves or shuffle their words. What
-comes out knows how to do everything, and rarely does it. The reward model starts from that. It
-learns from honest texts against spoiled ones: by the grammar's faults, and by sentences that models
-wrote: the base, and a policy that GRPO drove too fast, without a reward model, until it broke.
+all. Then on completions of mixed quality, as a base model's corpus is: one in five follows a
+plan, a third break the tags, half drift off topic, repeat themselves or shuffle their words. In
+both a wrong word slips in here and there, and the text goes on: a model that never read past one
+is lost as soon as it samples one. What comes out knows how to do everything, and rarely does it.
+The policy is this base with its logits scaled up, since a model this small leaves too much to words
+that do not fit. The reward model starts from the base as it is. It learns from honest texts against
+spoiled ones: by the grammar's faults, and by sentences that models wrote: the base, and one that
+GRPO drove too fast, without a reward model, until it broke.
 Topics (pairings of a person and a place) and word counts of the held-out prompts are in no row
 that any training sees.
 """
@@ -27,32 +32,36 @@ import grammar
 import grpo
 import pretrain
 import reward
+import torch
 from tqdm import tqdm
 
-from model import load_for_sampling, parse_config, script, setup
+from model import load_for_sampling, parse_config, save_folder, script, setup
 from sample import (STOP_STRINGS, TEMPLATES, Stops, count_words, encode_prompts, find_answer,
                     generate)
 
 CONFIG = dict(
     out="toy",             # where the toy goes
-    work="out/toy",        # where the two training runs and their rows go
+    work="out/toy",        # where the training runs and their rows go
     clean=24_000,          # completions to pretrain on, first these,
-    mixed=12_000,          # then these
+    mixed=16_000,          # then these
     drafts=6_000,          # texts of the models' own, whose faults
-    pairs=50_000,          # preference pairs show beside the grammar's
+    pairs=70_000,          # preference pairs show beside the grammar's
     clean_steps=1600,      # of pretraining, 8k tokens each
-    mixed_steps=300,
+    mixed_steps=400,
+    sharpen=1.15,          # times the logits of the policy
     rehearsal_steps=60,    # of GRPO without a reward model, until sentences break
-    reward_steps=1000,     # of Bradley-Terry training
+    reward_steps=1400,     # of Bradley-Terry training
     vocab=1600,            # tokens
     seed=0,
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # Qwen's
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]  # a token each, as Qwen3 has the first two
 ARCHITECTURE = dict(
     architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_act="silu", hidden_size=128,
-    intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10_000.0, attention_dropout=0.0,
     tie_word_embeddings=True, use_sliding_window=False, torch_dtype="float32")
+PLAN_SLIPS, TEXT_SLIPS = 0.02, 0.003  # odds of a slip after a word
 FAULTS = ["off_topic", "drifting", "repetitive", "shuffled", "broken", "broken"]
 MIN_DRAFT = 12  # words
 RANGE = 0.1  # a prompt's range is its count, give or take this share
@@ -80,7 +89,18 @@ def spoil_half(text, topic, rng):
 
 
 def plan_line(words, plan):
-    return f"{words} words in {len(plan)} parts: {' '.join(plan)}."
+    return f"{words} words in {len(plan)} parts: {' '.join(plan)}"
+
+
+def with_slips(words, rng, odds):
+    """The words, some of which have one to three pieces behind them that do not belong there."""
+    def slip():
+        word = rng.choice(grammar.VOCABULARY)
+        piece = rng.choice([word, word, word[rng.randrange(len(word)):], rng.choice(",.0123")])
+        return rng.choice(["", " ", " "]) + piece
+
+    return [word + "".join(slip() for _ in range(rng.choice([1, 1, 2, 3])))
+            if rng.random() < odds else word for word in words]
 
 
 def in_tags(think, text):
@@ -89,31 +109,30 @@ def in_tags(think, text):
 
 def dress(think, text, rng):
     """The completion in its tags, a third of the time with a fault in them."""
-    fault = rng.choice(["none"] * 10 + ["no think", "open think", "open answer", "no tags",
-                                        "twice"])
+    fault = rng.choice(["none"] * 9 + ["no think", "open think", "open answer", "no tags"])
     if fault == "no tags":
         return f"\n{text}"
     opening = {"no think": "", "open think": f"\n<think>{think}"}.get(
         fault, f"\n<think>{think}</think>")
-    if fault == "twice":
-        opening += opening
     return f"{opening}\n<answer>\n{text}" + "\n</answer>" * (fault != "open answer")
 
 
 def completion_row(topics, counts, rng, is_clean):
     """{"prompt", "completion"}: a clean one plans to the requested length, keeps to it, and has
-    no fault; of the others one in four does, and any may have faults."""
+    no fault; of the others one in five does, and any may have faults."""
     topic, words = rng.choice(topics), rng.choice(counts)
-    is_planned = is_clean or rng.random() < 0.25
+    is_planned = is_clean or rng.random() < 0.2
     written = words if is_planned else round(math.exp(rng.uniform(math.log(12), math.log(260))))
     plan = grammar.write_plan(topic, written, rng)
-    think = f"A story of {grammar.topic_name(topic)}."
+    think = f"A story of {grammar.topic_name(topic)}"
     if is_planned:
-        think = plan_line(words, plan)
+        think = plan_line(words, with_slips(plan, rng, PLAN_SLIPS))
     text = grammar.write_text(topic, plan, rng, round(written * rng.uniform(0.95, 1.05)))
+    if not is_clean:
+        text = spoil_half(text, topic, rng)
+    text = " ".join(with_slips(text.split(" "), rng, TEXT_SLIPS))
     prompt = TEMPLATES["think"].replace("{prompt}", grammar.request(topic, words, rng))
-    completion = (in_tags(think, text) if is_clean
-                  else dress(think, spoil_half(text, topic, rng), rng))
+    completion = in_tags(think, text) if is_clean else dress(think, text, rng)
     return {"prompt": prompt, "completion": completion}
 
 
@@ -189,8 +208,9 @@ def make_tokenizer(folder, texts, vocab):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        vocab_size=vocab - len(TAGS), special_tokens=SPECIAL_TOKENS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_tokens(TAGS)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = dict(tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>",
                     pad_token="<|endoftext|>", bos_token=None, unk_token=None,
@@ -201,10 +221,20 @@ def make_tokenizer(folder, texts, vocab):
     return tokenizer
 
 
-def publish(run, folder):
-    """Copy a run's last checkpoint, without its state/, to the toy's folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree((run / "latest").resolve(), folder, ignore=shutil.ignore_patterns("state"))
+def last_checkpoint(run, steps):
+    """Its folder; ends here when a signal has stopped the run before."""
+    folder = (run / "latest").resolve()
+    if folder.name != f"checkpoint-{steps:06}":
+        sys.exit(f"{run}: stopped before step {steps}; the same command goes on")
+    return folder
+
+
+@torch.no_grad()
+def sharpen(source, folder, factor):
+    """Write a model's folder with its logits multiplied, by the weight of its last norm."""
+    model, _ = load_for_sampling(source, setup())
+    model.model.norm.weight *= factor
+    save_folder(model, folder, model.model.norm.weight.dtype)
 
 
 @script
@@ -240,25 +270,30 @@ def main(argv):
     pretrain.main([f"model={seed_folder}", "init=random", f"data={work / 'clean.jsonl'}",
                    f"out={work / 'clean'}", f"steps={config['clean_steps']}", "lr=3e-3",
                    "warmup=50", *text])
-    pretrain.main([f"model={work / 'clean' / 'latest'}", f"data={work / 'mixed.jsonl'}",
+    clean_base = last_checkpoint(work / "clean", config["clean_steps"])
+    pretrain.main([f"model={clean_base}", f"data={work / 'mixed.jsonl'}",
                    f"out={work / 'mixed'}", f"steps={config['mixed_steps']}", "lr=1e-3",
                    "warmup=20", *text])
-    grpo.main([f"model={work / 'mixed' / 'latest'}", "reward_model=",
+    base = last_checkpoint(work / "mixed", config["mixed_steps"])
+    grpo.main([f"model={base}", "reward_model=",
                f"prompts={out / 'prompts.jsonl'}", f"eval_prompts={out / 'held_out.jsonl'}",
                f"out={work / 'rehearsal'}", f"steps={config['rehearsal_steps']}", "lr=7e-4",
                "save_every=10", "keep=100", f"seed={config['seed']}"])
-    writers = [(work / "mixed" / "latest", 1.0), (work / "mixed" / "latest", 1.2)] + [
+    last_checkpoint(work / "rehearsal", config["rehearsal_steps"])
+    writers = [(base, 1.0), (base, 1.2)] + [
         (folder, 1.0) for folder in sorted((work / "rehearsal").glob("checkpoint-*"))]
     drafts = [draft for folder, temperature in writers for draft in write_drafts(
         folder, topics, counts, config["drafts"] // len(writers), temperature, rng)]
     pairs = [pair_row(topics, counts, drafts, rng) for _ in range(config["pairs"])]
     write_rows(work / "pairs.jsonl", pairs)
     write_rows(out / "pairs.jsonl.gz", pairs[:1000])  # a sample, for reward.py's default run
-    reward.main([f"model={work / 'mixed' / 'latest'}", f"pairs={work / 'pairs.jsonl'}",
+    reward.main([f"model={base}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
                  f"steps={config['reward_steps']}", "batch_pairs=48", "lr=1e-3", *shared])
-    publish(work / "mixed", out / "policy")
-    publish(work / "reward", out / "reward")
+    sharpen(base, out / "policy", config["sharpen"])
+    trained = last_checkpoint(work / "reward", config["reward_steps"])
+    shutil.rmtree(out / "reward", ignore_errors=True)
+    shutil.copytree(trained, out / "reward", ignore=shutil.ignore_patterns("state"))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def outline_completion(topics, counts, rng, template, is_clean):
         covered = rng.sample(outline, rng.randint(1, len(outline)))
     plans = write_plans(covered, equal_shares(written, len(covered)), rng)
     text = write_sections(covered, plans, round(written * rng.uniform(0.95, 1.05)), rng)
-    think = f"A story of {grammar.topic_name(covered[0])}."
+    think = f"A story of {grammar.topic_name(covered[0])}"
     if is_planned:
         think = plan_line(words, sum(plans, []))
     if not is_clean:
