@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on the embedded toy: chats -> prompts -> continual pretraining -> reward model ->
 # GRPO -> evaluation, each step reading what the one before wrote. The same scripts with a real
-# model= and real data are the paper's. Eight minutes on two cores; one with STEPS=2, to see it work.
+# model= and real data are the paper's. Five minutes on two cores; one with STEPS=2, to see it work.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/toy-all} STEPS=${STEPS:-100}
