@@ -290,8 +290,8 @@ def main(argv):
     reward.main([f"model={base}", f"pairs={work / 'pairs.jsonl'}",
                  f"val_pairs={out / 'held_out_pairs.jsonl.gz'}", f"out={work / 'reward'}",
                  f"steps={config['reward_steps']}", "batch_pairs=48", "lr=1e-3", *shared])
-    sharpen(base, out / "policy", config["sharpen"])
     trained = last_checkpoint(work / "reward", config["reward_steps"])
+    sharpen(base, out / "policy", config["sharpen"])
     shutil.rmtree(out / "reward", ignore_errors=True)
     shutil.copytree(trained, out / "reward", ignore=shutil.ignore_patterns("state"))
 
