@@ -578,11 +578,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, kv_heads * self.D, bias=True)
         self.o_proj = nn.Linear(heads * self.D, C, bias=False)
 
-    def forward(self, x, cos, sin, span, layer, cache):
+    def forward(self, x, cos, sin, span, stored):
         q, k, v = (proj(x).unflatten(-1, (-1, self.D))  # (N, heads, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
-        if cache is not None:
+        if stored:
+            cache, layer = stored
             cache.write(layer, k, v)
             if span.lengths is not None:
                 k, v = cache.read(layer)
@@ -609,7 +610,8 @@ def keep_attention(context, op, *args, **kwargs):
 
 class Block(nn.Module):
     """A layer; recompute says what its backward pass makes anew instead of keeping: "none",
-    "all", or all but attention's outputs ("all_but_attention")."""
+    "all", or all but attention's outputs ("all_but_attention"). Of the inputs, stored is (cache,
+    the layer's number), or () without a cache."""
 
     def __init__(self, config, recompute):
         super().__init__()
@@ -629,8 +631,8 @@ class Block(nn.Module):
                                                       keep_attention)
         return checkpoint(self.compute, *inputs, **options)
 
-    def compute(self, x, cos, sin, span, layer, cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, span, layer, cache)
+    def compute(self, x, cos, sin, span, stored):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, span, stored)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -749,7 +751,8 @@ class Qwen2(nn.Module):
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, span, layer, cache)
+            # The number comes with a cache alone: torch 2.11 would compile a block for 0 and others.
+            x = block(x, cos, sin, span, (cache, layer) if cache else ())
         if targets is None:
             x = x[cu_seqlens[1:].long() - 1]  # (S, C) the last token of each sequence
         x = self.model.norm(x)

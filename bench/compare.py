@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/compare.py                                  # all parts
     python bench/compare.py parts=train,memory
-    python bench/compare.py parts=step steps=5 curve_steps=120
+    python bench/compare.py parts=step curve_steps=120 seeds=0,1,2
 
 Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
 rewards (length and format, no reward model), group size, learning rate and threads are the same.
@@ -51,7 +51,8 @@ CONFIG = dict(
     parts="sample,ragged,step,train,memory",  # any of them
     runs=5,                      # of each side
     steps=4,                     # GRPO steps a run, after one to warm up
-    curve_steps=0,               # steps of one long run of each side, for the rewards at its end
+    curve_steps=0,               # steps of one long run of each side and seed, for its last rewards
+    seeds="0",                   # of the long runs: prompts and samples, on both sides
     threads=2,
 )
 
@@ -127,11 +128,11 @@ def compare_sampling(config, what, caps, is_sorted=False):
 
 # ---------------------------------------------------------------- GRPO steps
 
-def grpo_ours(config, steps, compile_decode=False):
+def grpo_ours(config, steps, compile_decode=False, seed=0):
     """(seconds of each step, {component: mean of each step})."""
     with tempfile.TemporaryDirectory() as out:
         arguments = [f"model={config['model']}", f"prompts={config['prompts']}", f"out={out}",
-                     "reward_model=", "schedule=constant", "warmup=0",
+                     "reward_model=", "schedule=constant", "warmup=0", f"seed={seed}",
                      f"compile_decode={compile_decode}"]
         trainer = grpo.Trainer(parse_config(grpo.CONFIG, arguments), setup())
         rows, seconds = [], []
@@ -145,7 +146,7 @@ def grpo_ours(config, steps, compile_decode=False):
                      for name in ("length", "format")}
 
 
-def grpo_theirs(config, steps, micro_batch=64):
+def grpo_theirs(config, steps, micro_batch=64, seed=0):
     """The same of TRL's GRPOTrainer, on the same prompts in the same order."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -154,7 +155,7 @@ def grpo_theirs(config, steps, micro_batch=64):
     tokenizer = load_tokenizer(config["model"])
     rows = load_prompts(config["prompts"])
     chosen = [rows[place] for step in range(1, steps + 1)
-              for place in draw_places(len(rows), ours["num_prompts"], step, 0)]
+              for place in draw_places(len(rows), ours["num_prompts"], step, seed)]
     data = Dataset.from_list([{"prompt": apply_template(tokenizer, "think", row["prompt"]),
                                "length": row["length"]} for row in chosen])
     means, ends = {"length": [], "format": []}, [time.perf_counter()]
@@ -180,7 +181,7 @@ def grpo_theirs(config, steps, micro_batch=64):
             max_steps=steps, learning_rate=ours["lr"], weight_decay=0.0,
             adam_beta2=ours["beta2"], lr_scheduler_type="constant", temperature=1.0, beta=0.0,
             multi_objective_aggregation="normalize_then_sum", reward_weights=[0.5, 0.5],
-            shuffle_dataset=False)
+            shuffle_dataset=False, seed=seed)
         model = transformers.AutoModelForCausalLM.from_pretrained(config["model"],
                                                                   dtype=torch.float32)
         trainer = GRPOTrainer(model, [reward_function("length"), reward_function("format")],
@@ -202,11 +203,13 @@ def compare_steps(config):
         "ours": lambda: np.mean(grpo_ours(config, steps)[0][1:]),
         "ours, compiled": lambda: np.mean(grpo_ours(config, steps, True)[0][1:]),
         "theirs": lambda: np.mean(grpo_theirs(config, steps, micro)[0][1:])}, config["runs"]))
-    if config["curve_steps"]:
-        for name, function in dict(ours=grpo_ours, theirs=grpo_theirs).items():
-            seconds, means = function(config, config["curve_steps"])
+    for seed in config["seeds"].split(",") if config["curve_steps"] else ():
+        for name, function in (("ours", grpo_ours),
+                               ("theirs", functools.partial(grpo_theirs, micro_batch=micro))):
+            seconds, means = function(config, config["curve_steps"], seed=int(seed))
             last = ", ".join(f"{key} {np.mean(values[-10:]):.3f}" for key, values in means.items())
-            print(f"{name}: {len(seconds)} steps in {sum(seconds):.0f} s, last ten: {last}")
+            print(f"{name}, seed {seed}: {len(seconds)} steps in {sum(seconds):.0f} s, "
+                  f"last ten: {last}", flush=True)
 
 
 # ---------------------------------------------------------------- training
