@@ -6,7 +6,8 @@
     python bench/compare.py parts=step curve_steps=120 seeds=0,1,2
 
 Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
-rewards (length and format, no reward model), group size, learning rate and threads are the same.
+rewards (length and format, no reward model), group size, learning rate with its schedule and
+threads are the same.
 Peers run at their best settings found here, in fp32, without gradient checkpointing, logging or
 saving; the settings are printed. Ours run as they are and with compile_decode=true, whose compiling
 is not in the median; transformers' static cache, compiled or not, took longer than its dynamic one.
@@ -132,8 +133,7 @@ def grpo_ours(config, steps, compile_decode=False, seed=0):
     """(seconds of each step, {component: mean of each step})."""
     with tempfile.TemporaryDirectory() as out:
         arguments = [f"model={config['model']}", f"prompts={config['prompts']}", f"out={out}",
-                     "reward_model=", "schedule=constant", "warmup=0", f"seed={seed}",
-                     f"compile_decode={compile_decode}"]
+                     "reward_model=", f"seed={seed}", f"compile_decode={compile_decode}"]
         trainer = grpo.Trainer(parse_config(grpo.CONFIG, arguments), setup())
         rows, seconds = [], []
         for step in range(1, steps + 1):
@@ -179,7 +179,8 @@ def grpo_theirs(config, steps, micro_batch=64, seed=0):
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=64 // micro_batch,
             num_generations=ours["num_samples"], max_completion_length=ours["max_tokens"],
             max_steps=steps, learning_rate=ours["lr"], weight_decay=0.0,
-            adam_beta2=ours["beta2"], lr_scheduler_type="constant", temperature=1.0, beta=0.0,
+            adam_beta2=ours["beta2"], lr_scheduler_type=ours["schedule"],
+            warmup_steps=ours["warmup"], temperature=1.0, beta=0.0,
             multi_objective_aggregation="normalize_then_sum", reward_weights=[0.5, 0.5],
             shuffle_dataset=False, seed=seed)
         model = transformers.AutoModelForCausalLM.from_pretrained(config["model"],

@@ -1,7 +1,7 @@
 """Remake the toy from nothing: tokenizer, prompts, base model, reward model.
 
     python toy/make.py                 writes toy/policy, toy/reward and the toy's rows
-    python toy/make.py out=/tmp/toy    the same, elsewhere; half an hour on two cores
+    python toy/make.py out=/tmp/toy    the same, elsewhere; 38 minutes on two cores
 
 The same command goes on where it stopped. After a change remove `work` first.
 
