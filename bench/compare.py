@@ -3,7 +3,7 @@
     pip install -r bench/requirements.txt
     python bench/compare.py                                  # all parts
     python bench/compare.py parts=train,memory
-    python bench/compare.py parts=step curve_steps=120 seeds=0,1,2
+    python bench/compare.py parts=step curve_steps=120 seeds=[0,1,2]
 
 Runs alternate (ours, theirs, ours, ...); the table shows medians and their ratio. Prompts, caps,
 rewards (length and format, no reward model), group size, learning rate with its schedule and
@@ -53,7 +53,7 @@ CONFIG = dict(
     runs=5,                      # of each side
     steps=4,                     # GRPO steps a run, after one to warm up
     curve_steps=0,               # steps of one long run of each side and seed, for its last rewards
-    seeds="0",                   # of the long runs: prompts and samples, on both sides
+    seeds=[0],                   # of the long runs: prompts and samples, on both sides
     threads=2,
 )
 
@@ -204,10 +204,10 @@ def compare_steps(config):
         "ours": lambda: np.mean(grpo_ours(config, steps)[0][1:]),
         "ours, compiled": lambda: np.mean(grpo_ours(config, steps, True)[0][1:]),
         "theirs": lambda: np.mean(grpo_theirs(config, steps, micro)[0][1:])}, config["runs"]))
-    for seed in config["seeds"].split(",") if config["curve_steps"] else ():
+    for seed in config["seeds"] if config["curve_steps"] else ():
         for name, function in (("ours", grpo_ours),
                                ("theirs", functools.partial(grpo_theirs, micro_batch=micro))):
-            seconds, means = function(config, config["curve_steps"], seed=int(seed))
+            seconds, means = function(config, config["curve_steps"], seed=seed)
             last = ", ".join(f"{key} {np.mean(values[-10:]):.3f}" for key, values in means.items())
             print(f"{name}, seed {seed}: {len(seconds)} steps in {sum(seconds):.0f} s, "
                   f"last ten: {last}", flush=True)
