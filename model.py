@@ -751,7 +751,7 @@ class Qwen2(nn.Module):
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer, block in enumerate(self.model.layers):
-            # The number comes with a cache alone: torch 2.11 would compile a block for 0 and others.
+            # The number comes with a cache only: torch 2.11 would compile a block for 0 and others.
             x = block(x, cos, sin, span, (cache, layer) if cache else ())
         if targets is None:
             x = x[cu_seqlens[1:].long() - 1]  # (S, C) the last token of each sequence

@@ -35,9 +35,10 @@ CONFIG = dict(
     kills=5,
     seed=0,
 )
-WORDS = ("amber bridge copper dawn engine forest garden harbor island journal kettle lantern market "
-         "needle orchard paper quarry river signal tunnel umbrella valley window yarn zephyr anchor "
-         "barrel canvas desert ember feather glacier hammer ink jacket kite ladder mirror").split()
+WORDS = (
+    "amber bridge copper dawn engine forest garden harbor island journal kettle lantern market "
+    "needle orchard paper quarry river signal tunnel umbrella valley window yarn zephyr anchor "
+    "barrel canvas desert ember feather glacier hammer ink jacket kite ladder mirror").split()
 SIGNS = "山水花鸟风月城桥灯船书画茶酒琴棋雪雨春秋夏冬星海路门窗树石田"
 
 

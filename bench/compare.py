@@ -259,7 +259,7 @@ def train_theirs(model, optimizer, batches, count):
 
 
 def to_batches(rows, size):
-    """Rows for transformers, `size` at a time: tokens, targets, positions, mask (None if causal)."""
+    """Rows for transformers, `size` at a time: tokens, targets, positions, mask or None."""
     batches = []
     for start in range(0, len(rows), size):
         tokens, targets, lengths = zip(*rows[start:start + size])

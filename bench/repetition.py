@@ -27,7 +27,8 @@ CONFIG = dict(
     low=40.0,            # and below which they repeat themselves
     repeats=7,           # of each timing
 )
-COLUMNS = "| {} | models | texts | score | copied spans | paragraphs | penalty |\n|---|" + "---|" * 6
+COLUMNS = ("| {} | models | texts | score | copied spans | paragraphs | penalty |\n|---|"
+           + "---|" * 6)
 
 
 def story_row(row, number):
