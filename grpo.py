@@ -19,6 +19,7 @@ Where the paper (arXiv:2506.18841) is silent or differs:
    cap a place that the policy never learns to leave.
 5. A judge that fails leaves a sample unscored (NaN): out of its group's mean, advantage 0.
 """
+import gc
 import itertools
 import json
 import math
@@ -82,7 +83,8 @@ CONFIG = dict(
 STD_FLOOR = 0.1     # of length and format, which lie in 0..1
 EVAL_SAMPLES = 4    # per held-out prompt, at temperature 1
 PROMPT_TOKENS = 512         # that a slot's cache has room for in a plan
-DECODE_ROOM = 3 * 10 ** 9   # bytes beside the cache: activations, logits, CUDA graphs
+DECODE_ROOM = 3 * 10 ** 9   # bytes beside the cache: activations, CUDA graphs
+LOGITS_COPIES = 8           # of a slot's fp32 logits, four of a step's and four of a graph's
 PLAN_MEMORY = 80 * 10 ** 9  # of an H100
 PLAN_BANDWIDTH = 0.8 * 3.0e12  # bytes a second: the part that we aim at of what an H100 copies
 ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
@@ -392,7 +394,7 @@ def plan_sampling(config, gpus, memory, prompt_tokens=PROMPT_TOKENS):
                              f"{config['max_tokens']} tokens, {MIN_ROWS * each:,} bytes, "
                              f"found {int(room):,}")
         most = -(-config["num_prompts"] * config["num_samples"] // engines)
-        slots = min(int(room // each), most)
+        slots = min(int(room // (each + 4 * LOGITS_COPIES * policy["vocab_size"])), most)
     return held, each, max(slots, MIN_ROWS)
 
 
@@ -480,8 +482,9 @@ class Trainer:
             seed=config["seed"], step=step, compile_decode=config["compile_decode"],
             on_look=self.on_look, **sampling))
         self.bar.set_description_str("")
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # the cache's memory is training's now
+        if ranks.device.type == "cuda":  # the cache's memory is training's now
+            gc.collect()  # an engine whose step is compiled refers to itself
+            torch.cuda.empty_cache()
         if ranks.any(self.run.wants_stop()):
             return None
         mine = [] if share.rank else completions  # ranks that share a model have the same
@@ -546,6 +549,8 @@ class Trainer:
                 ratio_cap=config["ratio_cap"], by_sequence=config["ratio"] == "sequence",
                 clip=clip, reference=self.reference, kl=config["kl"]))
             norms.append(apply_gradient(self.model, self.optimizer, lr, config["clip"]))
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
         done = time.perf_counter()
         *told, divergences = (np.concatenate(self.ranks.gather(list(values)))
                               for values in zip(*told))

@@ -115,6 +115,13 @@ def is_first_to_fail():
         return False
 
 
+def die(reason):
+    """End this process at once, where an orderly end could wait for others or for the device."""
+    if is_first_to_fail():
+        tqdm.write(f"error: {reason}", file=sys.stderr)
+    os._exit(1)
+
+
 class PeerWatch(threading.Thread):
     """Ends this process soon after another rank has failed or died: nobody is left to finish a
     step with, and nothing half done may be saved."""
@@ -135,10 +142,7 @@ class PeerWatch(threading.Thread):
                 return
         if self.over.wait(self.grace):
             return
-        if is_first_to_fail():
-            tqdm.write("error: a rank died without a word (killed, or out of memory?)",
-                       file=sys.stderr)
-        os._exit(1)
+        die("a rank died without a word (killed, or out of memory?)")
 
     def is_well(self, nearby):
         try:
@@ -859,12 +863,17 @@ def find_folder(name, with_weights=False):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{name}: no such folder, and not a hub name like Qwen/Qwen2.5-7B")
     from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(name, allow_patterns=[
-            "*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights))
-    except (OSError, ValueError) as error:  # what the hub raises is either
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name}: no such folder, and the hub says: {reason}") from None
+    patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights
+    for is_local in True, False:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns,
+                                            local_files_only=is_local))
+            needed = ["config.json"] + (weight_files(folder) if with_weights else [])
+            if not is_local or all((folder / file).exists() for file in needed):
+                return folder
+        except (OSError, ValueError) as error:  # what the hub raises is either
+            reason = str(error).strip().split("\n")[0]
+    raise InputError(f"{name}: no such folder, and the hub says: {reason}")
 
 
 def load_config(name, with_weights=False):
@@ -908,16 +917,21 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def weight_files(folder):
+    """Names of a folder's safetensors: one file, or an index's many."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: expected JSON with a weight_map") from None
+
+
 def open_tensors(folder):
-    """{tensor name: lazily read slice} of a folder's safetensors, one file or an index of many."""
-    index, files = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: expected JSON with a weight_map") from None
+    """{tensor name: lazily read slice} of a folder's safetensors."""
     tensors = {}
-    for file in files:
+    for file in weight_files(folder):
         if not (folder / file).exists():
             raise InputError(f"{folder / file}: no such file")
         try:

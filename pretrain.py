@@ -19,10 +19,10 @@ into rows of seq_len tokens. Attention never crosses from one document to anothe
 4. Rows keep their documents; each epoch shuffles the rows. So neither the shuffle nor the place
    in the data needs more memory than the row numbers, however many tokens there are.
 """
+import fcntl
 import glob
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, compute_dtype, count_parameters, flops_per_token, load_config,
-                   load_for_training, load_tokenizer, open_folder, parse_config, print_table,
-                   save_folder, script, setup, training_plan, write_whole)
+from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
+                   load_config, load_for_training, load_tokenizer, open_folder, parse_config,
+                   print_table, save_folder, script, setup, training_plan, write_whole)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -65,14 +66,14 @@ TRAINING = dict(  # keys that every training script has
                         # activations; all_but_attention on CUDA, none on the CPU unless set
     compile=True,       # blocks by torch.compile, on CUDA
     offload=False,      # weights, gradient and moments in the CPU's memory, on CUDA
-    max_bad_steps=3,    # stop after so many in a row whose gradient is not finite
+    max_bad_steps=3,    # stop after so many in a row whose loss or gradient is not finite
     wandb=False,        # log to Weights & Biases as well (pip install wandb)
     plan=False,         # print parameters and bytes, and stop
 )
 CONFIG = dict(
     model="toy/policy",         # folder or hub name
     data="toy/text.jsonl.gz",   # file or glob of rows, [several], or {file or glob: weight}
-    val_data="",                # rows for val_loss every eval_every steps
+    val_data="",                # file or glob of rows for val_loss, every eval_every steps
     cache="out/tokens",         # where tokens go, by content and tokenizer; all ranks see it
     out="out/pretrain",         # the run's folder
     init="folder",              # random: model is a folder with only config.json and tokenizer
@@ -116,14 +117,14 @@ def learning_rate(step, steps, lr, warmup, schedule):
     return lr * math.sqrt(max(1, warmup) / step) if schedule == "inverse_sqrt" else lr
 
 
-def apply_gradient(model, optimizer, lr, clip):
-    """Clip the gradient, step, and return its norm before clipping. A gradient that is not
-    finite changes nothing; its norm tells."""
+def apply_gradient(model, optimizer, lr, clip, loss=0.0):
+    """Clip the gradient, step, and return its norm before clipping. A loss or gradient that is
+    not finite changes nothing."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if math.isfinite(norm):
+    if math.isfinite(norm + loss):
         optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -157,6 +158,11 @@ class Run:
                 raise InputError(f"{told}: expected what the run goes on from, found none; start "
                                  f"another with model={self.checkpoint}")
             self.state = json.loads(told.read_text())
+            before = self.state.get("steps", config["steps"])
+            if self.is_main and config["schedule"] == "cosine" and before != config["steps"]:
+                print(f"steps was {before} and is now {config['steps']}: the learning rate goes on "
+                      "along another cosine")
+        self.state["steps"] = config["steps"]
         self.step = self.saved = self.state["step"]
         if self.is_main:
             self.cut_log()
@@ -165,7 +171,9 @@ class Run:
         self.wandb = None
         if self.is_main and config["wandb"]:
             import wandb
-            self.wandb = wandb.init(project=self.folder.name, config=config)
+            self.wandb = wandb.init(project=self.folder.name, config=config, resume="allow",
+                                    id=self.state.get("wandb"))
+            self.state["wandb"] = self.wandb.id
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
@@ -190,16 +198,21 @@ class Run:
         """Append a row to log.jsonl, with null for what is not finite."""
         if self.is_main:
             row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.folder}/log.jsonl: cannot be written: {error.strerror}"
+                                 ) from None
             if self.wandb:
                 self.wandb.log(row, step=row["step"])
 
     def count_bad(self, row, wrong={}):
-        """Why to stop after this row's step, or "": its gradient was not finite, or what else is
-        wrong, {reason: (whether it is so, limit)}, for `limit` steps in a row."""
-        counts, is_bad = self.state.setdefault("counts", {}), not math.isfinite(row["grad_norm"])
-        wrong = wrong | {"the gradient is not finite": (is_bad, self.config["max_bad_steps"])}
+        """Why to stop after this row's step, or "": its loss or gradient was not finite, or what
+        else is wrong, {reason: (whether it is so, limit)}, for `limit` steps in a row."""
+        counts = self.state.setdefault("counts", {})
+        is_bad = not math.isfinite(row.get("loss", 0.0) + row["grad_norm"])
+        wrong = wrong | {"the loss or its gradient is not finite": (is_bad, self.config["max_bad_steps"])}
         for reason, (is_wrong, limit) in wrong.items():
             counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
             if counts[reason] >= limit:
@@ -236,7 +249,7 @@ class Run:
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
-                             f"{cause_of(error)}; the checkpoint before is intact") from None
+                             f"{cause_of(error)}; earlier checkpoints are intact") from None
         self.saved = step
         self.ranks.any(False)
         return target
@@ -248,7 +261,7 @@ class Run:
         needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
         if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
             raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
-                             "the checkpoint before is intact")
+                             "earlier checkpoints are intact")
         save_folder(model, aside, dtype)
         dcp.save(state_of(model, optimizer), checkpoint_id=aside / "state",
                  no_dist=self.ranks.world == 1)
@@ -267,9 +280,13 @@ class Run:
         self.prune()
 
     def prune(self):
+        """Remove all but the newest checkpoints and the linked ones. Those of later steps, which
+        a run left that went on from an earlier one, are the oldest."""
         kept = {(self.folder / link).resolve().name for link in ("best", "latest")}
-        checkpoints = sorted(self.folder.glob("checkpoint-??????"))
-        for folder in checkpoints[:-self.config["keep"]]:
+        steps = {folder: int(folder.name.removeprefix("checkpoint-"))
+                 for folder in self.folder.glob("checkpoint-*[0-9]")}
+        age = lambda folder: (steps[folder] <= self.state["step"], steps[folder])
+        for folder in sorted(steps, key=age)[:-self.config["keep"]]:
             if folder.name not in kept:
                 shutil.rmtree(folder)
 
@@ -376,7 +393,7 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
         row = {"step": step} | accumulate(step)
         row["lr"] = learning_rate(step, config["steps"], config["lr"], config["warmup"],
                                   config["schedule"])
-        row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"])
+        row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"], row["loss"])
         seconds = time.perf_counter() - start
         row["tokens_per_second"] = tokens / seconds
         if run.ranks.device.type == "cuda":
@@ -387,6 +404,8 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
         run.log(row)
         if alarm:
             bar.close()
+            if run.is_main:
+                draw_curves(run.folder, panels)
             reason = f"stopped: {alarm}; the last checkpoint is {run.folder}/latest"
             sys.exit(reason if run.is_main else 1)
         bar.update()
@@ -444,12 +463,28 @@ def row_parts(row, tokenizer):
                      f'or "messages", found columns {sorted(row)}')
 
 
+def hold(folder):
+    """A handle that locks a folder until it is closed or this process ends; None where another
+    holds it, or where the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+
+
 def write_tokens(paths, tokenizer, folder):
     """Tokenise files into folder/tokens.bin, int32, each document ended by end-of-text, ~token
     where it is not trained on; folder/ends.npy says where documents end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{folder.name}-*.tmp"):  # by a run that was killed
+        if (handle := hold(left)) is not None:
+            shutil.rmtree(left)
+            os.close(handle)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".tmp", dir=folder.parent))
     aside.chmod(0o755)  # a temporary folder is its owner's alone
+    handle = hold(aside)
     try:
         fill_tokens(paths, tokenizer, aside)
         os.replace(aside, folder)
@@ -458,6 +493,21 @@ def write_tokens(paths, tokenizer, folder):
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def in_chunks(documents, most=1000, characters=2 ** 22):
+    """Lists of documents that are tokenised together: some megabytes, however long one is."""
+    chunk, size = [], 0
+    for parts in documents:
+        chunk.append(parts)
+        size += sum(len(text) for text, _ in parts)
+        if len(chunk) == most or size >= characters:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def fill_tokens(paths, tokenizer, aside):
@@ -471,7 +521,7 @@ def fill_tokens(paths, tokenizer, aside):
     rows = (parts for path in paths for parts in checked_rows(path, check))
     with open(aside / "tokens.bin", "wb") as file, tqdm(
             desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
-        while documents := list(itertools.islice(rows, 1000)):
+        for documents in in_chunks(rows):
             texts = [text for parts in documents for text, _ in parts]
             found = (np.array(tokens, dtype=np.int32) for tokens in tokenizer(
                 texts, add_special_tokens=False, verbose=False)["input_ids"])  # on all cores
@@ -489,7 +539,7 @@ def fill_tokens(paths, tokenizer, aside):
 
 
 def find_files(names):
-    """The files of a name or glob, or of several, in order."""
+    """The files of a name or glob, or of several, in order, each once."""
     files = []
     for name in [names] if isinstance(names, str) else names:
         if Path(name).is_dir():
@@ -500,6 +550,8 @@ def find_files(names):
         if not found:
             raise InputError(f"{name}: no such file")
         files += found
+    if again := [path for path, count in Counter(files).items() if count > 1]:
+        raise InputError(f"{again[0]}: expected each file once, found two names for it")
     return files
 
 
@@ -553,6 +605,9 @@ class Documents:
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self.num_rows = -(-len(self.tokens) // seq_len)
+        ends = self.ends[:2 ** 20]  # a sample is enough
+        pieces = np.diff(np.union1d(ends, np.arange(0, ends[-1], seq_len)))
+        self.mean_length = np.square(pieces).sum() / ends[-1]  # of the piece that a token is in
 
     def row(self, number):
         """(tokens, targets, lengths of the documents' pieces) of a row, counted over epochs."""
@@ -577,6 +632,7 @@ class Mixture:
 
     def __init__(self, parts, weights):
         self.parts, self.weights = parts, np.array(weights) / sum(weights)
+        self.mean_length = float(self.weights @ [part.mean_length for part in parts])
         self.num_drawn = math.inf  # the first row starts the count
 
     def row(self, number):
@@ -599,7 +655,8 @@ def load_data(data, *options):
     for name, weight in zip(names, weights):
         if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
             raise InputError(f"data: {name}: expected a weight above 0, found {weight!r}")
-    return Mixture([Documents(find_files(name), *options) for name in names], weights)
+    files = [find_files(name) for name in names]  # all, before hours go into the first
+    return Mixture([Documents(paths, *options) for paths in files], weights)
 
 
 def to_pack(rows, device):
@@ -668,6 +725,9 @@ def next_token_loss(model, data, numbers, ranks, micro_rows, train):
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
         seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]), json_keys={"data"})
+    if config["seq_len"] > (most := context_length(load_config(config["model"])[1])):
+        raise InputError(f"seq_len={config['seq_len']}: expected at most the model's context of "
+                         f"{most} tokens, max_position_embeddings in its config.json")
     if config["plan"]:
         return print_plan(config, config["batch_rows"] * config["seq_len"],
                           config["micro_rows"] * config["seq_len"], config["seq_len"])
@@ -677,8 +737,9 @@ def main(argv):
                          f"{ranks.world} ranks")
     tokenizer = load_tokenizer(config["model"])
     options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
+    val_files = config["val_data"] and find_files(config["val_data"])
     data = load_data(config["data"], *options)
-    val_data = Documents(find_files(config["val_data"]), *options) if config["val_data"] else None
+    val_data = Documents(val_files, *options) if val_files else None
     model = load_for_training(config, ranks,
                               seed=config["seed"] if config["init"] == "random" else None)
     optimizer = make_optimizer(model, config["weight_decay"], config["beta2"])
@@ -696,7 +757,7 @@ def main(argv):
 
     train(run, model, optimizer, accumulate, validate if val_data else dict,
           {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]},
-          tokens=batch * config["seq_len"], length=config["seq_len"])
+          tokens=batch * config["seq_len"], length=data.mean_length)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
-from model import (SHARE_SECONDS, WHOLE, InputError, context_length, has_decode_kernel, head_size,
-                   join_share, load_for_sampling, open_folder, parse_config, print_once, script,
-                   setup, split_config)
+from model import (SHARE_SECONDS, WHOLE, InputError, context_length, die, has_decode_kernel,
+                   head_size, join_share, load_for_sampling, open_folder, parse_config, print_once,
+                   script, setup, split_config)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -137,6 +137,8 @@ def checked_rows(path, check):
         raise InputError(f"{bad[0]} ({len(bad)} of {num_rows} rows are bad; at most 1% may be)")
     for line in bad:
         print_once(f"skipped {line}")
+    if bad:
+        print_once(f"skipped {len(bad)} of {num_rows} rows of {path}")
 
 
 def load_rows(path, check):
@@ -652,8 +654,7 @@ class Engine:
         done.record()
         while not done.query():
             if time.monotonic() > end:
-                raise TimeoutError(f"a rank that shares the model has not come within "
-                                   f"{SHARE_SECONDS} seconds")
+                die(f"a rank that shares the model has not come within {SHARE_SECONDS} seconds")
             time.sleep(1e-4)
 
     @torch.inference_mode()

@@ -8,6 +8,8 @@ import argparse
 import gzip
 import hashlib
 import heapq
+import importlib.machinery
+import importlib.util
 import inspect
 import itertools
 import json
@@ -25,6 +27,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import unicodedata
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -311,7 +314,9 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     elif (not HAS_CUDA or backend == "triton" and not network.triton
           or backend == "flash_attn" and network.flash_attn_varlen_func is None):
         pytest.skip(f"needs CUDA and {backend}")
-    elif backend != "flash_attn":
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # triton asks it too
+    if backend != "flash_attn":
         monkeypatch.setattr(network, "flash_attn_varlen_func", None)
         monkeypatch.setattr(network, "flash_attn_with_kvcache", None)
     generator = torch.Generator().manual_seed(0)
@@ -527,8 +532,8 @@ class Hub(Handler):
 
 
 def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path, monkeypatch):
-    """Weights fetched for a plan, a name that works on a machine with the hub alone, or a
-    traceback of the hub's instead of a line."""
+    """Weights fetched for a plan, a name that works on a machine with the hub alone, a run that
+    goes on with other weights because the hub's have changed, or a traceback of the hub's."""
     make_model(tmp_path / "model")
     monkeypatch.setattr(Hub, "folder", tmp_path / "model")
     with serve(Hub) as url:
@@ -540,6 +545,9 @@ def test_a_hub_name_is_downloaded_and_then_found_without_the_hub(tmp_path, monke
         assert Hub.asked and not any("safetensors" in path for path in Hub.asked)
         weights = dict(load_model("org/name", "cpu").named_parameters())
         assert any("model.safetensors" in path for path in Hub.asked)
+        asked = len(Hub.asked)
+        load_model("org/name", "cpu")
+        assert len(Hub.asked) == asked  # all of it is here
         with pytest.raises(InputError, match="org/other"):
             network.load_config("org/other")
     assert same(weights, dict(load_model("org/name", "cpu").named_parameters()))
@@ -558,10 +566,28 @@ def test_arguments_get_the_types_of_the_defaults():
 
 # ---------------------------------------------------------------- model: shards
 
+class Counted:
+    """A file's lazily read tensor that notes how many numbers are taken of it."""
+
+    def __init__(self, rows, read):
+        self.rows, self.read = rows, read
+
+    def __getattr__(self, name):
+        return getattr(self.rows, name)
+
+    def __getitem__(self, key):
+        self.read.append(self.rows[key].numel())
+        return self.rows[key]
+
+
 def use_shards(ranks, folder, out, sequences):
     """All that a sharded model does, as one rank of several; sequences are dealt to the ranks."""
-    ours = load_model(folder, ranks.device, ranks=ranks, recompute="all_but_attention",
-                      offload=ranks.world == 4)
+    read, honest = [], network.open_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "open_tensors", lambda folder: {
+            name: Counted(rows, read) for name, rows in honest(folder).items()})
+        ours = load_model(folder, ranks.device, ranks=ranks, recompute="all_but_attention",
+                          offload=ranks.world == 4)
     plain = load_model(folder, ranks.device, seed=1)
     copy_weights(ours, plain)
     save_folder(ours, out, torch.float32, max_bytes=20_000)
@@ -572,15 +598,16 @@ def use_shards(ranks, folder, out, sequences):
         patch.setattr(network, "MixedPrecisionPolicy", lambda **_: half)
         evaluated = load_model(folder, ranks.device, ranks=ranks)
         score(evaluated, [[1, 2, 3]])
-    return dict(whole=[{name: x.clone() for name, x in full_parameters(model, torch.float32)}
+    return dict(read=sum(read),
+                whole=[{name: x.clone() for name, x in full_parameters(model, torch.float32)}
                        for model in (ours, plain, evaluated)],
                 gradient=gradients(ours), logprobs=score(ours, sequences).detach())
 
 
 @pytest.mark.parametrize("world, tied", [(2, True), (4, False)])
 def test_a_sharded_model_equals_a_plain_one(world, tied, tmp_path):
-    """Rows of a weight on the wrong rank (101 and 50 do not divide by 4), a head that FSDP has
-    not gathered, a gradient that lost a rank, a checkpoint of one shard; after an evaluation in
+    """Rows of a weight on the wrong rank (101 and 50 do not divide by 4), a rank that reads more
+    than its part, a head that FSDP has not gathered, a gradient that lost a rank, a checkpoint of one shard; after an evaluation in
     bf16, from which FSDP keeps the root gathered, whole parameters that have lost 16 bits."""
     make_model(tmp_path / "theirs", tie_word_embeddings=tied)
     plain = load_model(str(tmp_path / "theirs"), "cpu")
@@ -590,6 +617,7 @@ def test_a_sharded_model_equals_a_plain_one(world, tied, tmp_path):
     logprobs.sum().backward()
     for reply in run_on_ranks(world, use_shards, str(tmp_path / "theirs"),
                               str(tmp_path / "shards"), sequences):
+        assert reply["read"] < 1.1 * sum(p.numel() for p in plain.parameters()) / world
         assert_close(reply["logprobs"], logprobs, atol=1e-5, rtol=0)
         assert all(same(dict(plain.named_parameters()), whole) for whole in reply["whole"])
         assert_close(reply["gradient"], gradients(plain), atol=1e-4, rtol=1e-4)
@@ -686,6 +714,39 @@ def test_texts_equal_one_sequence_at_a_time_in_any_slots_and_order(policy, naive
     assert a == b == c  # in float32 their log-probs may differ in the last bit
 
 
+def test_sampled_log_probs_are_the_trainers(policy):
+    """A ratio that leaves 1 before anything has been learned."""
+    ours, prompts, stops = load_policy(policy, torch.float32)
+    done = list(generate(ours, prompts, ALL_WORK, stops, CAPS, 16))
+    sequences = [prompts[c.prompt] + c.tokens for c in done]
+    parts = score(ours, sequences).split([len(tokens) for tokens in sequences])
+    found = torch.cat([part[-1 - len(c.tokens):-1] for part, c in zip(parts, done)])
+    sampled = torch.tensor([logprob for c in done for logprob in c.logprobs])
+    assert (found - sampled).abs().mean() < 1e-5 and len(found) > 500
+
+
+class Never:
+    """torch.cuda.Event, of work that does not end."""
+
+    def record(self):
+        pass
+
+    def query(self):
+        return False
+
+
+def test_a_hung_collective_ends_the_process(monkeypatch, capsys):
+    """A GPU that waits for ever within a CUDA graph, where no collective's own timeout counts."""
+    engine = types.SimpleNamespace(device=torch.device("cuda"), model=types.SimpleNamespace(
+        share=network.Share(0, 2, None)))
+    monkeypatch.setattr(torch.cuda, "Event", Never)
+    monkeypatch.setattr(sample, "SHARE_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        sample.Engine.wait(engine)
+    assert "a rank that shares the model has not come" in capsys.readouterr().err
+
+
 def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypatch):
     """A minute of compiling for each number of rows, length of the cache, rollout; a traceback
     where there is no compiler."""
@@ -721,7 +782,7 @@ def generate_share(ranks, folder, strings, sample_tp):
         for name, work in (("one", ALL_WORK[:1]), ("all", ALL_WORK))]
 
 
-@pytest.mark.parametrize("world, sample_tp", [(4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("world, sample_tp", [(2, 1), (4, 1), (2, 2), (4, 2)])
 def test_ranks_write_what_one_process_writes(world, sample_tp, policy, naive):
     """Work dealt twice or never, noise that depends on the rank; ranks that share a model and
     draw apart, or each find the best token of their own part of the vocabulary; ranks or whole
@@ -850,8 +911,13 @@ def test_rows_come_from_every_kind_of_file(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
-    for name in "a.jsonl", "a.jsonl.gz", "a.json":
-        assert load_prompts(tmp_path / name, {"prompt": "query"}) == expected
+    kinds = ["jsonl", "jsonl.gz", "json"]
+    if importlib.util.find_spec("pyarrow"):
+        from pyarrow import Table, parquet
+        parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+        kinds.append("parquet")
+    for kind in kinds:
+        assert load_prompts(tmp_path / f"a.{kind}", {"prompt": "query"}) == expected
 
 
 @pytest.mark.parametrize("bad, words", [
@@ -870,6 +936,14 @@ def test_a_bad_row_is_named_with_file_and_line(bad, words, tmp_path, capsys):
     with pytest.raises(InputError) as error:
         load_prompts(path)
     assert f"{path}:10: " in str(error.value) and words in str(error.value)
+
+
+def test_parquet_without_its_package_is_one_line(tmp_path, monkeypatch):
+    """A traceback where a line of installation helps."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="a.parquet: reading Parquet needs: pip install pyarrow"):
+        load_prompts(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name, content", [
@@ -1634,10 +1708,31 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
         pretrain.Documents([tmp_path / "v.jsonl"], tokenizer, 16, 0, tmp_path / "other", ALONE)
 
 
+def test_what_a_killed_run_left_in_the_cache_is_removed(policy, tmp_path):
+    """Half of 30 billion tokens on the disk for ever; or those that another run writes, gone."""
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "one two three"}])
+    folder = tmp_path / "tokens" / documents_of(path, policy).key
+    shutil.rmtree(folder)
+    left, held = (folder.with_name(f"{folder.name}-{name}.tmp") for name in ("left", "held"))
+    left.mkdir()
+    held.mkdir()
+    handle = pretrain.hold(held)
+    documents_of(path, policy)
+    assert held.exists() and not left.exists()
+    os.close(handle)
+
+
+def test_few_long_documents_are_tokenised_together():
+    """A thousand books in memory at one time."""
+    documents = [[("x" * size, True)] for size in (1, 1, 1, 1, 20, 4, 4, 4)]
+    chunks = [*pretrain.in_chunks(documents, 3, 10)]
+    assert [len(chunk) for chunk in chunks] == [3, 2, 3] and sum(chunks, []) == documents
+
+
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
-    good[7] = json.dumps({"text": "long " * 20_000, "note": "x" * 9_000_000}).encode()
+    good[7] = json.dumps({"text": "<|im_end|>" * 1_000_000}).encode()
     good[8] = b'{"text": ""}'  # a document of one token, the end
     bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
@@ -1646,6 +1741,7 @@ def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     assert len(documents.ends) == 400 and np.diff(documents.ends)[7] == 1
     out = capsys.readouterr().out
     assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53, 54))
+    assert f"skipped 4 of 404 rows of {path}" in out
     for lines, words in [(good[8:17] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
                          ([b""], "expected rows, found none"), (None, "no such file")]:
         path.unlink() if lines is None else path.write_bytes(b"\n".join(lines))
@@ -1681,12 +1777,12 @@ def test_only_what_the_assistant_says_is_trained_on(template, row, expected, pol
 def train_rows(ranks, folder, path, micro_rows):
     """(losses, gradient) of 1 row, which leaves a second rank without, and of 6, added up."""
     ours, documents = load_on(ranks, folder), documents_of(path, folder)
-    losses = [pretrain.next_token_loss(ours, documents, range(n), ranks, micro_rows, True)
-              for n in (1, 6)]
+    losses = [pretrain.next_token_loss(ours, documents, numbers, ranks, micro_rows, True)
+              for numbers in ([0], [3, 0, 5, 1, 2, 4])]
     return losses, gradients(ours)
 
 
-@pytest.mark.parametrize("world, micro_rows", [(1, 1), (1, 4), (2, 1)])
+@pytest.mark.parametrize("world, micro_rows", [(1, 1), (1, 4), (2, 1), (4, 2)])
 def test_the_next_token_loss_equals_transformers(world, micro_rows, policy, tmp_path):
     """A loss per micro-batch instead of per token, or targets off by one; a mask that is right
     while the gradient flows from the prompt all the same; a forward pass more on one rank than on
@@ -1706,6 +1802,30 @@ def test_the_next_token_loss_equals_transformers(world, micro_rows, policy, tmp_
     for found, gradient in run_on_ranks(world, train_rows, policy, path, micro_rows):
         assert_close(torch.tensor(found), torch.stack(expected).detach(), atol=0, rtol=1e-5)
         assert_close(gradient, gradients(theirs), atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_on_messages_equals_transformers(policy, tmp_path):
+    """Rows of a chat that train on the request, on its template, or not on the end of the turn,
+    on the way from the command line to the gradient."""
+    turns = [("user", "plan"), ("assistant", "text"), ("user", "write"), ("assistant", "words")]
+    path = write_lines(tmp_path / "t.jsonl", [
+        {"messages": [{"role": role, "content": content} for role, content in turns]}])
+    pretrain.main([f"model={policy}", f"data={path}", f"cache={tmp_path / 'tokens'}", "steps=1",
+                   f"out={tmp_path / 'run'}", "seq_len=256", "batch_rows=1"])
+    tokenizer, tokens, labels = load_tokenizer(policy), [], []
+    for role, content in turns:
+        head, rest = f"<|im_start|>{role}\n", f"{content}<|im_end|>\n"
+        head, rest = (tokenizer.encode(text, add_special_tokens=False) for text in (head, rest))
+        tokens += head + rest
+        labels += [-100] * len(head) + (rest if role == "assistant" else [-100] * len(rest))
+    tokens, labels = tokens + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    loss = theirs(torch.tensor([tokens]), labels=torch.tensor([labels])).loss
+    loss.backward()
+    norm = torch.cat([x.flatten() for x in gradients(theirs).values()]).norm().item()
+    row, = read_log(tmp_path / "run")
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_matrices_decay_and_the_schedule_warms_up(policy):
@@ -1787,6 +1907,84 @@ def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_ru
     assert (run / "checkpoint-000004").exists() and len(read_log(run)) == 6
 
 
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    """A history that was given up outliving the one that goes on; a millionth step never gone."""
+    names = [f"checkpoint-{step:06d}" for step in (2, 4, 10, 12, 1_000_002)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    pretrain.point_link(tmp_path / "best", names[2])
+    pretrain.point_link(tmp_path / "latest", names[1])
+    run = types.SimpleNamespace(folder=tmp_path, config={"keep": 2}, state={"step": 4})
+    pretrain.Run.prune(run)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == names[:3]
+
+
+class Stopwatch:
+    """time, an hour later at each look."""
+    perf_counter, now = time.perf_counter, 0
+
+    def time(self):
+        self.now += 3600
+        return self.now
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "SIGINT", "max_hours"])
+def test_a_run_that_has_to_stop_saves_and_goes_on(reason, pretraining, whole_tokens, tmp_path,
+                                                  monkeypatch, capsys):
+    """Hours lost to a preemption, a Ctrl-C or a queue's limit, since the last checkpoint."""
+    arguments, honest = pretraining + [f"out={tmp_path}"], pretrain.next_token_loss
+
+    def signalled(model, data, numbers, *rest):
+        if numbers[0] == 8:  # the third step's
+            signal.raise_signal(getattr(signal, reason))
+        return honest(model, data, numbers, *rest)
+
+    with monkeypatch.context() as patch:
+        if reason == "max_hours":
+            patch.setattr(pretrain, "time", Stopwatch())
+        else:
+            patch.setattr(pretrain, "next_token_loss", signalled)
+        pretrain.main(arguments + ["max_hours=2.5"])
+    assert os.readlink(tmp_path / "latest") == "checkpoint-000003"
+    assert f"stopped after step 3, saved in {tmp_path}" in capsys.readouterr().out
+    pretrain.main(arguments)
+    assert same(weights_of(tmp_path), weights_of(whole_tokens))
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_number_of_steps_tells_of_another_cosine(pretraining, tmp_path, capsys):
+    """A finished run made longer, whose learning rate jumps unseen."""
+    arguments = pretraining + [f"out={tmp_path}", "schedule=cosine"]
+    pretrain.main(arguments + ["steps=1"])
+    pretrain.main(arguments + ["steps=2"])
+    assert "steps was 1 and is now 2" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    """A disk that fills up between two checkpoints, and ends in a traceback."""
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    run = types.SimpleNamespace(folder=tmp_path, is_main=True, wandb=None)
+    with pytest.raises(InputError, match="log.jsonl: cannot be written: No space left"):
+        pretrain.Run.log(run, {"step": 1})
+
+
+def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch):
+    """Curves in pieces, or rows that never reach them."""
+    logged, wandb = [], types.ModuleType("wandb")
+
+    def init(project, config, resume, id):
+        run = types.SimpleNamespace(id=id or f"made for {project}")
+        run.log = lambda row, step: logged.append((run.id, step, row["loss"]))
+        return run
+
+    wandb.init, wandb.__spec__ = init, importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in 1, 2:
+        pretrain.main(pretraining + [f"out={tmp_path / 'run'}", "wandb=true", f"steps={steps}"])
+    assert logged == [("made for run", row["step"], row["loss"])
+                      for row in read_log(tmp_path / "run")]
+
+
 def test_folders_and_rows_that_teach_nothing_are_named(pretraining, policy, tmp_path, capsys):
     """A day of training at loss 0."""
     bare, path = tmp_path / "bare", write_lines(tmp_path / "t.jsonl", [{"text": ""}] * 3)
@@ -1829,6 +2027,17 @@ def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp
         run_on_ranks(world, run_main, pretrain.main,
                      pretraining + [f"out={tmp_path}", f"steps={steps}"])
     check_same_run(tmp_path, whole_tokens)
+
+
+def test_grpo_goes_on_on_another_number_of_ranks(training, whole_run, tmp_path):
+    """A rollout whose completions depend on how many ranks share the work."""
+    for world, steps in ((2, 1), (1, 2), (4, 4)):
+        run_on_ranks(world, run_main, grpo.main, training + [f"out={tmp_path}", f"steps={steps}"])
+    found, expected = read_log(tmp_path), read_log(whole_run)
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    for key in ("reward/length", "reward/format", "tokens", "words"):
+        assert [row[key] for row in found[1:]] == [row[key] for row in expected[1:]]
+    assert_close(weights_of(tmp_path), weights_of(whole_run), atol=1e-4, rtol=1e-3)
 
 
 def start_two(function, folder, *arguments, **places):
@@ -1963,22 +2172,35 @@ def test_torchrun_starts_a_crashed_run_again(pretraining, whole_tokens, tmp_path
     assert "Traceback" not in errors and "c10d" not in errors
 
 
-def test_steps_without_a_finite_gradient_are_skipped_then_stop_the_run(pretraining, tmp_path,
-                                                                       monkeypatch):
-    """NaN written over the weights, and from there into every checkpoint."""
+def train_with_faults(ranks, arguments, key):
+    """Why pretrain.main ends that meets losses, or on the last rank gradients, of NaN."""
     honest = pretrain.next_token_loss
 
     def spoiled(model, data, numbers, *rest):
-        loss = honest(model, data, numbers, *rest)
+        loss, gradient = honest(model, data, numbers, *rest), next(model.parameters()).grad
         if numbers[0] // 4 + 1 in (2, 4, 5, 6):
-            next(model.parameters()).grad.fill_(math.nan)
+            if key == "loss":
+                return math.nan
+            if ranks.rank == ranks.world - 1:
+                (gradient.to_local() if ranks.shards else gradient).fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(pretrain, "next_token_loss", spoiled)
-    with pytest.raises(SystemExit, match="not finite, 3 steps in a row"):
-        pretrain.main(pretraining + [f"out={tmp_path}", "steps=9", "save_every=1", "keep=9"])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(pretrain, "next_token_loss", spoiled)
+        pretrain.main(arguments)
+    return end.value.code
+
+
+@pytest.mark.parametrize("world, key", [(1, "loss"), (1, "grad_norm"), (2, "grad_norm")])
+def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(world, key, pretraining, tmp_path):
+    """NaN written over the weights, and from there into every checkpoint; one rank that skips a
+    step which another takes."""
+    reason, *others = run_on_ranks(world, train_with_faults, pretraining + [
+        f"out={tmp_path}", "steps=9", "save_every=1", "keep=9"], key)
+    assert "not finite, 3 steps in a row" in reason and set(others) <= {1}
     log = read_log(tmp_path)
-    assert [row["step"] for row in log if row["grad_norm"] is None] == [2, 4, 5, 6]
+    assert [row["step"] for row in log if row[key] is None] == [2, 4, 5, 6]
+    assert (tmp_path / "curves.png").exists()
     one, two, three, five = (load_file(tmp_path / f"checkpoint-{step:06d}" / "model.safetensors")
                              for step in (1, 2, 3, 5))
     assert same(one, two) and not same(two, three) and same(three, five)
@@ -2017,7 +2239,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fault, pretraining, tmp_path, 
         if fault == "full in truth":
             honest = os.statvfs(disk)
             filler.write_bytes(b"x" * (honest.f_bavail * honest.f_frsize - 400_000))
-        check_error(pretrain.main, arguments, "the checkpoint before is intact", capsys)
+        check_error(pretrain.main, arguments, "earlier checkpoints are intact", capsys)
     filler.unlink(missing_ok=True)
     assert os.readlink(disk / "run" / "latest") == "checkpoint-000002"
     pretrain.main(arguments)
@@ -2031,7 +2253,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stage", ["save_folder", "dcp.save", "sync_folder", "os.replace",
                                    "point_link", "Run.prune"])
 def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path, monkeypatch):
-    """A half-written checkpoint that `latest` names, or the one before it deleted too early."""
+    """A half-written checkpoint that `latest` names, the one before it deleted too early, or
+    masters that went through the export's 16 bits."""
     *path, name = stage.split(".")
     owner, saves = getattr(pretrain, path[0]) if path else pretrain, []
     done = getattr(owner, name)
@@ -2044,14 +2267,24 @@ def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path,
             raise Killed
         return result
 
-    arguments = pretraining + [f"out={tmp_path}", "keep=1"]
+    arguments = pretraining + [f"out={tmp_path}", "keep=1", "save_dtype=bfloat16"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, dying)
         pretrain.main(arguments)
     pretrain.main(arguments)
     timeless = lambda out: [row | {"tokens_per_second": 0} for row in read_log(out)]
-    assert same(weights_of(tmp_path), weights_of(whole_tokens))
+    assert same(weights_of(tmp_path), {name: weight.bfloat16() for name, weight
+                                       in weights_of(whole_tokens).items()})
     assert timeless(tmp_path) == timeless(whole_tokens)
+
+
+@pytest.fixture(scope="module")
+def wide_policy(policy, tmp_path_factory):
+    """The policy with heads of a size that every decode kernel takes."""
+    folder = tmp_path_factory.mktemp("wide")
+    make_model(folder, vocab_size=345, max_position_embeddings=512, head_dim=16)
+    make_tokenizer(folder)
+    return str(folder)
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
@@ -2068,13 +2301,14 @@ def test_cuda_trains_as_the_cpu_does(changes, pretraining, whole_tokens, tmp_pat
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
-def test_cuda_samples_what_it_trains(training, tmp_path):
+@pytest.mark.parametrize("compiles", ["false", "true"])
+def test_cuda_samples_what_it_trains(compiles, training, wide_policy, tmp_path):
     """A bf16 sampler whose log-probs are not the trainer's."""
-    subprocess.run([sys.executable, grpo.__file__, *training, "steps=3",
-                    f"out={tmp_path / 'run'}"],
-                   check=True)
+    subprocess.run([sys.executable, grpo.__file__, *training, f"model={wide_policy}", "steps=3",
+                    f"compile_decode={compiles}", f"out={tmp_path / 'run'}"], check=True)
     rows = [row for row in read_log(tmp_path / "run") if row["step"]]
     assert all(abs(row["ratio/mean"] - 1) < 0.05 for row in rows) and rows
+    assert all(row["ratio/outside"] < 0.1 for row in rows)
 
 
 def generate_on_cuda(folder, path):
@@ -2090,9 +2324,9 @@ def generate_on_cuda(folder, path):
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
-def test_cuda_graphs_write_what_single_steps_write(policy, tmp_path):
+def test_cuda_graphs_write_what_single_steps_write(wide_policy, tmp_path):
     """A graph that holds the address of a tensor that is gone, or a number that was Python's."""
-    arguments = str(policy), str(tmp_path / "texts")
+    arguments = wide_policy, str(tmp_path / "texts")
     code = f"import test_all; test_all.generate_on_cuda{arguments!r}"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     graphs, steps = json.loads((tmp_path / "texts").read_text())
@@ -2117,6 +2351,10 @@ def test_averaged_advantages_equal_a_plain_loop():
             group = table[p][~np.isnan(table[p])]
             expected[p, g] += (table[p, g] - group.mean()) / max(group.std(), floors[name]) / 3
     tensors, even = {name: torch.tensor(x) for name, x in rewards.items()}, grpo.CONFIG["weights"]
+    centred = [np.nan_to_num(x - np.array([[np.nanmean(group)] if not np.isnan(group).all() else
+                                           [0] for group in x])) for x in rewards.values()]
+    found = grpo.combine_advantages(tensors, even, divide_by_std=False)  # Dr. GRPO
+    np.testing.assert_allclose(found.numpy(), sum(centred) / 3, atol=1e-9)
     found = grpo.combine_advantages(tensors, even)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
     equal = grpo.reward_table([dict.fromkeys(grpo.COMPONENTS, 0.9)] * 24, 8)  # 0.9 + ... rounds
@@ -2211,6 +2449,7 @@ def test_slots_fill_what_the_rest_leaves(sample_tp, gpus, policy):
     count = sum(p.numel() for p in load_model(policy, "cpu").parameters())
     left = 0.9 * 4e9 - 16 * count / gpus - 2 * count / sample_tp - grpo.DECODE_ROOM
     slots = lambda **changes: grpo.plan_sampling(config | changes, gpus, 4e9)[2]
+    each += 4 * 8 * 345  # logits
     assert slots() == left // each and slots(kl=0.1) == (left - 4 * count / gpus) // each
     assert slots(offload=True) == slots(offload=True, kl=0.1) == (left + 16 * count / gpus) // each
     assert slots(num_prompts=30, num_samples=4) == -(-120 * sample_tp // gpus)
@@ -2402,7 +2641,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, train
     def interrupted(trainer, step, verb=getattr(grpo.Trainer, cut_in, None)):
         calls.append(step)
         if calls.count(at) == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT if at == 2 else signal.SIGTERM)
         return verb(trainer, step)
 
     if cut_in == "steps":
@@ -2419,6 +2658,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, train
              for row in read_log(out)] for out in (tmp_path, whole_run)]
     assert logs[0] == logs[1]
     check_error(grpo.main, arguments + ["num_samples=3"], "num_samples was 2 and is now 3", capsys)
+
+
+@pytest.mark.parametrize("lost", ["moments", "place"])
+def test_grpo_goes_on_only_with_its_state(lost, whole_run, training, tmp_path, monkeypatch):
+    """A test of resumes that could not fail."""
+    arguments, honest = training + [f"out={tmp_path}"], grpo.draw_places
+    grpo.main(arguments + ["steps=2"])
+    if lost == "moments":
+        monkeypatch.setattr(pretrain.Run, "restore", lambda run, model, optimizer:
+                            network.load_weights(model, tmp_path / "latest"))
+    else:
+        monkeypatch.setattr(grpo, "draw_places", lambda num_rows, count, step, seed:
+                            honest(num_rows, count, step - 2, seed))
+    grpo.main(arguments + ["steps=4"])
+    assert not same(weights_of(tmp_path), weights_of(whole_run))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["sample_tp=1", "sample_tp=2"])
@@ -3119,6 +3373,8 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (pretrain, 'data={"a": b', "a JSON dict or list"), (pretrain, "data=[]", "files or globs"),
     (pretrain, "data=toy", "a glob like toy/*.jsonl"),
     (pretrain, 'data={"toy/text.jsonl.gz": 0}', "a weight above 0"),
+    (pretrain, 'data=["toy/text.jsonl.gz", "toy/text*.gz"]', "text.jsonl.gz: expected each file"),
+    (pretrain, "seq_len=513", "seq_len=513: expected at most the model's context of 512 tokens"),
     (pretrain, "init=zeros", "init=zeros: expected one of 'folder', 'random'"),
     (evaluate, "bench=writingbench", "data: expected a file of writingbench's rows"),
     (evaluate, "bench=mmlu", "expected one of 'health', 'writingbench'"),
@@ -3136,6 +3392,29 @@ def test_wrong_input_is_one_line_and_status_2(script, argument, words, training,
     """A typo that trains for a day with the default; a traceback instead of what there is."""
     others = training if script is grpo else [f"model={policy}"]
     check_error(script.main, others + [f"out={tmp_path}", argument], words, capsys)
+
+
+@pytest.mark.parametrize("script, tokens", [(pretrain, 32 * 128), (grpo, 8 * 8 * 400),
+                                            (reward, 2 * 32 * 128)])
+def test_a_plan_counts_and_starts_nothing(script, tokens, tmp_path, capsys):
+    """Weights needed to learn that they do not fit; a folder of a run that never was; a plan of
+    other parameters, tokens or slots than the run's."""
+    theirs = make_model(tmp_path / "whole")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "bare")
+    others = ["reward_model="] if script is grpo else []
+    script.main([f"model={tmp_path / 'bare'}", f"out={tmp_path / 'run'}", "plan=true", *others,
+                 *["seq_len=128"] * (script is pretrain)])
+    found = dict(re.findall(r"^  (\S.*?) {2,}([\d,]+)$", capsys.readouterr().out, re.M))
+    count = sum(p.numel() for p in theirs.parameters()) + 32 * (script is reward)
+    assert found["parameters"] == f"{count:,}" and found["tokens"] == f"{tokens:,}"
+    assert found["fp32 weights, two moments, gradient"] == f"{16 * count:,}"
+    if script is grpo:
+        cache = sample.Cache(load_model(str(tmp_path / "whole"), "cpu", torch.bfloat16), 64,
+                             400 + grpo.PROMPT_TOKENS)
+        bytes_held = sum(x.nbytes for x in cache.k + cache.v)
+        assert found["cache of 64 slots"] == f"{bytes_held:,}"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("module", [evaluate, grpo, pretrain, reward, sample, network])

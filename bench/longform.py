@@ -1,18 +1,29 @@
 """Pretraining on real prose: does the loss fall on stories of prompts that it never saw?
 
     python bench/longform.py data=longform.jsonl.gz        # ten minutes on two cores
+    bash runs/stories_1gpu.sh data=longform.jsonl.gz       # pieces to length, then GRPO
 
-data: rows {"prompt", "text"}, the EQ-Bench longform stories: 8 prompts, about 50 models each. Two
-prompts are held out. Tokenizer and model (about 4 million parameters) start from nothing. Prints
-val_loss as it falls, and the last checkpoint's loss by transformers on the same rows.
+data: rows {"prompt", "plan", "text"}, the EQ-Bench longform stories: 8 prompts, about 50 models
+each. Two prompts are held out. Tokenizer and model (about 4 million parameters) start from nothing.
+Prints val_loss as it falls, and the last checkpoint's loss by transformers on the same rows.
+
+With pieces= it only writes what runs/stories_1gpu.sh trains on: start/ (tokenizer and config), rows
+{"prompt", "plan", "text"} of pieces of the stories whose length their prompt states (train.jsonl,
+held_out.jsonl), and prompts for GRPO (prompts.jsonl, held_out_prompts.jsonl). A text is cut at
+paragraph ends and comes in numbered parts, which its plan counts: a small model cannot count to
+3,000 words, but it can learn how long a part is, and which number it has come to.
 """
 import json
+import math
+import random
+import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "toy")]
 
+import numpy as np
 import torch
 import transformers
 
@@ -20,7 +31,8 @@ import make
 import pretrain
 from model import (count_parameters, find_commit, load_config, load_tokenizer, parse_config,
                    script, setup)
-from sample import load_rows, read_done
+from reward import format_fault
+from sample import TEMPLATES, count_words, load_rows, read_done
 
 CONFIG = dict(
     data="longform.jsonl.gz",
@@ -30,18 +42,114 @@ CONFIG = dict(
     vocab=4096,
     hidden=224,
     layers=6,
-    seq_len=1024,
+    heads=7,
+    kv_heads=1,
+    seq_len=1024,        # also the model's context
     batch_rows=8,
     steps=200,
+    pieces=0,            # of each story, with prompt and plan; 0: whole stories, and pretrain
+    words=[500, 3000],   # of a piece and of a request, from and to
+    part=250,            # words of a part of a text, about
+    prompts=600,         # for GRPO
+    eval_prompts=24,
+    seed=0,
 )
+CHAPTERS = 8  # of a story, all of about the same length
+CHAPTER = re.compile(r"(?im)^[^a-z\n]*(chapter (\d+)\b.*)")  # a line of the story's plan
+TRIES = 50    # to find a piece, for each that is wanted
 
 
 def split_rows(rows, held_out):
-    """(train, held out) texts, by prompt."""
+    """(train, held out) rows, by prompt."""
     prompts = sorted({row["prompt"] for row in rows})
     last = set(prompts[-held_out:])
-    return ([{"text": row["text"]} for row in rows if (row["prompt"] in last) == is_last]
+    return ([row for row in rows if (row["prompt"] in last) == is_last]
             for is_last in (False, True))
+
+
+def request(prompt, words):
+    return f"{prompt}\n\nWrite {words} words of it."
+
+
+def draw_words(low, high, rng):
+    return 10 * round(rng.uniform(low, high) / 10)
+
+
+def chapter_lines(plan):
+    """{number: what the story's plan says of this chapter, its longest line, up to 30 words}."""
+    lines = {}
+    for line, number in CHAPTER.findall(plan):
+        words = line.replace("*", "").split()[:30]
+        lines[int(number)] = max(lines.get(int(number), ""), " ".join(words), key=len)
+    return lines
+
+
+def dress_piece(paragraphs, words, before, whole, asked, part, chapters):
+    """(plan, text, parts as planned) of paragraphs with so many words each, before words into a
+    story of `whole`: the parts' numbers in the text, and in the plan where a chapter begins."""
+    parts = max(1, round(asked / part))
+    plan, text = [f"{asked} words in {parts} parts of {asked // parts}."], []
+    number, chapter, done = 0, None, 0
+    for paragraph, count in zip(paragraphs, words):
+        if done * parts >= number * sum(words):
+            number += 1
+            text.append(str(number))
+            here = 1 + CHAPTERS * (before + done) // whole
+            if here != chapter:
+                plan.append(f"From part {number}: {chapters.get(here, f'Chapter {here}')}")
+            chapter = here
+        text.append(paragraph)
+        done += count
+    return "\n".join(plan), "\n\n".join(text), number == parts
+
+
+def cut_story(row, config, rng):
+    """Up to `pieces` rows {"prompt", "plan", "text"}: pieces that begin and end with a paragraph,
+    as long as their prompt says by the range that GRPO asks for."""
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", row["text"]) if part.strip()]
+    words = [count_words(paragraph) for paragraph in paragraphs]
+    ends, chapters, found = np.cumsum([0, *words]), chapter_lines(row["plan"]), []
+    for _ in range(TRIES * config["pieces"]):
+        if len(found) == config["pieces"]:
+            break
+        asked, first = draw_words(*config["words"], rng), rng.randrange(len(words))
+        last = int(np.abs(ends - ends[first] - asked).argmin())
+        if abs(ends[last] - ends[first] - asked) > make.RANGE * asked:
+            continue  # a paragraph is too long, or the story ends before
+        plan, text, is_whole = dress_piece(paragraphs[first:last], words[first:last], ends[first],
+                                           ends[-1], asked, config["part"], chapters)
+        if is_whole and not format_fault(f"<think>{plan}</think><answer>{text}</answer>"):
+            found.append({"prompt": request(row["prompt"], asked), "plan": plan, "text": text})
+    return found
+
+
+def prompt_rows(rows, count, low, high, rng):
+    """{"id", "prompt", "length"} of the rows' prompts, with word counts spread evenly."""
+    prompts, spread = sorted({row["prompt"] for row in rows}), np.linspace(low, high, count)
+    asked = [(prompts[place % len(prompts)], 10 * round(words / 10))
+             for place, words in enumerate(spread)]
+    found = [{"id": f"{words}-{place}", "prompt": request(prompt, words),
+              "length": [math.ceil(words * (1 - make.RANGE)), int(words * (1 + make.RANGE))]}
+             for place, (prompt, words) in enumerate(asked)]
+    rng.shuffle(found)
+    return found
+
+
+def write_pieces(out, train, held_out, config):
+    """What runs/stories_1gpu.sh trains on; the tokenizer reads the stories to train alone."""
+    rng = random.Random(config["seed"])
+    make_model(out / "start", [TEMPLATES["think"]] + [
+        row[key] for row in train for key in ("prompt", "plan", "text")], config)
+    for name, rows, count in (("train", train, config["pieces"]), ("held_out", held_out, 4)):
+        pieces = [piece for row in rows
+                  for piece in cut_story(row, config | {"pieces": count}, rng)]
+        rng.shuffle(pieces)
+        make.write_rows(out / f"{name}.jsonl", pieces)
+        print(f"{out / name}.jsonl: {len(pieces):,} pieces of {len(rows)} stories, "
+              f"{sum(count_words(piece['text']) for piece in pieces):,} words")
+    for name, rows, count in (("prompts", train, config["prompts"]),
+                              ("held_out_prompts", held_out, config["eval_prompts"])):
+        make.write_rows(out / f"{name}.jsonl", prompt_rows(rows, count, *config["words"], rng))
 
 
 def make_model(folder, texts, config):
@@ -51,8 +159,8 @@ def make_model(folder, texts, config):
     C = config["hidden"]
     (folder / "config.json").write_text(json.dumps(make.ARCHITECTURE | dict(
         vocab_size=config["vocab"], hidden_size=C, intermediate_size=C * 8 // 3,
-        num_hidden_layers=config["layers"], num_attention_heads=C // 32,
-        num_key_value_heads=1, max_position_embeddings=config["seq_len"])))
+        num_hidden_layers=config["layers"], num_attention_heads=config["heads"],
+        num_key_value_heads=config["kv_heads"], max_position_embeddings=config["seq_len"])))
 
 
 @torch.no_grad()
@@ -71,11 +179,15 @@ def loss_by_transformers(folder, documents):
 
 @script
 def main(argv):
-    config = parse_config(CONFIG, argv, dict(held_out=1, steps=1))
+    config = parse_config(CONFIG, argv, dict(held_out=1, steps=1, pieces=0, part=1, prompts=1,
+                                             eval_prompts=1))
     out = Path(config["out"])
     train, held_out = split_rows(load_rows(config["data"], lambda row, number: row),
                                  config["held_out"])
     held_out = held_out[::max(1, len(held_out) // config["val_stories"])]
+    if config["pieces"]:
+        return write_pieces(out, train, held_out, config)
+    train, held_out = ([{"text": row["text"]} for row in rows] for rows in (train, held_out))
     make_model(out / "start", (row["text"] for row in train), config)
     make.write_rows(out / "train.jsonl", train)
     make.write_rows(out / "held_out.jsonl", held_out)
