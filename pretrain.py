@@ -210,9 +210,9 @@ class Run:
     def count_bad(self, row, wrong={}):
         """Why to stop after this row's step, or "": its loss or gradient was not finite, or what
         else is wrong, {reason: (whether it is so, limit)}, for `limit` steps in a row."""
-        counts = self.state.setdefault("counts", {})
+        counts, limit = self.state.setdefault("counts", {}), self.config["max_bad_steps"]
         is_bad = not math.isfinite(row.get("loss", 0.0) + row["grad_norm"])
-        wrong = wrong | {"the loss or its gradient is not finite": (is_bad, self.config["max_bad_steps"])}
+        wrong = wrong | {"the loss or its gradient is not finite": (is_bad, limit)}
         for reason, (is_wrong, limit) in wrong.items():
             counts[reason] = counts.get(reason, 0) + 1 if is_wrong else 0
             if counts[reason] >= limit:

@@ -26,15 +26,15 @@
 #   one recomputed block                                4,932,501,504
 #   a block's gradients on the way                      3,623,878,656
 #   logits of a chunk                                     805,306,368
-#   cache of 108 slots                                 51,357,155,328
+#   cache of 107 slots                                 50,881,626,112
 #   together, training                                 58,515,158,464
-#   together, sampling                                 68,738,634,560
+#   together, sampling                                 68,263,105,344
 # each step
 #   parameters                                         32,763,876,352
 #   tokens                                                 14,336,000
 #   FLOPs                                                    3.15e+18
 #   seconds at 40% of an H100's 989 TFLOP/s                     124.3
-#   seconds of sampling at 2.4 TB/s, waves: 2                   395.1
+#   seconds of sampling at 2.4 TB/s, waves: 2                   392.4
 #   tokens of the run                                   2,150,400,000
 #   steps for a billion tokens                                     70
 # The rates are an H100's: 40% of its peak in training, four fifths of a copy's 3.0 TB/s in
