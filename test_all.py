@@ -607,8 +607,9 @@ def use_shards(ranks, folder, out, sequences):
 @pytest.mark.parametrize("world, tied", [(2, True), (4, False)])
 def test_a_sharded_model_equals_a_plain_one(world, tied, tmp_path):
     """Rows of a weight on the wrong rank (101 and 50 do not divide by 4), a rank that reads more
-    than its part, a head that FSDP has not gathered, a gradient that lost a rank, a checkpoint of one shard; after an evaluation in
-    bf16, from which FSDP keeps the root gathered, whole parameters that have lost 16 bits."""
+    than its part, a head that FSDP has not gathered, a gradient that lost a rank, a checkpoint of
+    one shard; after an evaluation in bf16, from which FSDP keeps the root gathered, whole
+    parameters that have lost 16 bits."""
     make_model(tmp_path / "theirs", tie_word_embeddings=tied)
     plain = load_model(str(tmp_path / "theirs"), "cpu")
     save_folder(plain, tmp_path / "plain", torch.float32, max_bytes=20_000)
