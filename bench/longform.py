@@ -79,7 +79,7 @@ def chapter_lines(plan):
     """{number: what the story's plan says of this chapter, its longest line, up to 30 words}."""
     lines = {}
     for line, number in CHAPTER.findall(plan):
-        words = line.replace("*", "").split()[:30]
+        words = re.sub(r"\*|\([^)]*words\)", "", line).split()[:30]  # not its own counts
         lines[int(number)] = max(lines.get(int(number), ""), " ".join(words), key=len)
     return lines
 
