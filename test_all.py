@@ -1733,7 +1733,7 @@ def test_few_long_documents_are_tokenised_together():
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
-    good[7] = json.dumps({"text": "<|im_end|>" * 1_000_000}).encode()
+    good[7] = json.dumps({"text": "<|endoftext|>" * 800_000}).encode()
     good[8] = b'{"text": ""}'  # a document of one token, the end
     bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
@@ -2032,7 +2032,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp
 
 def test_grpo_goes_on_on_another_number_of_ranks(training, whole_run, tmp_path):
     """A rollout whose completions depend on how many ranks share the work."""
-    for world, steps in ((2, 1), (1, 2), (4, 4)):
+    for world, steps in ((2, 2), (4, 4)):
         run_on_ranks(world, run_main, grpo.main, training + [f"out={tmp_path}", f"steps={steps}"])
     found, expected = read_log(tmp_path), read_log(whole_run)
     assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
