@@ -166,6 +166,12 @@ def read_log(out):
     return read_lines(out / "log.jsonl")
 
 
+def timeless_log(out):
+    """The log without what the clock says."""
+    return [{key: value for key, value in row.items() if "second" not in key}
+            for row in read_log(out)]
+
+
 def weights_of(out):
     return load_file(out / "latest" / "model.safetensors")
 
@@ -2251,11 +2257,8 @@ class Killed(BaseException):
     """As a kill -9 would end the process: nothing of ours may catch it."""
 
 
-@pytest.mark.parametrize("stage", ["save_folder", "dcp.save", "sync_folder", "os.replace",
-                                   "point_link", "Run.prune"])
-def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path, monkeypatch):
-    """A half-written checkpoint that `latest` names, the one before it deleted too early, or
-    masters that went through the export's 16 bits."""
+def die_in_the_second_save(stage, monkeypatch, main, arguments):
+    """main, up to after a stage of its second save."""
     *path, name = stage.split(".")
     owner, saves = getattr(pretrain, path[0]) if path else pretrain, []
     done = getattr(owner, name)
@@ -2268,15 +2271,22 @@ def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path,
             raise Killed
         return result
 
-    arguments = pretraining + [f"out={tmp_path}", "keep=1", "save_dtype=bfloat16"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, dying)
-        pretrain.main(arguments)
+        main(arguments)
+
+
+@pytest.mark.parametrize("stage", ["save_folder", "dcp.save", "sync_folder", "os.replace",
+                                   "point_link", "Run.prune"])
+def test_a_save_may_die_at_any_stage(stage, pretraining, whole_tokens, tmp_path, monkeypatch):
+    """A half-written checkpoint that `latest` names, the one before it deleted too early, or
+    masters that went through the export's 16 bits."""
+    arguments = pretraining + [f"out={tmp_path}", "keep=1", "save_dtype=bfloat16"]
+    die_in_the_second_save(stage, monkeypatch, pretrain.main, arguments)
     pretrain.main(arguments)
-    timeless = lambda out: [row | {"tokens_per_second": 0} for row in read_log(out)]
     assert same(weights_of(tmp_path), {name: weight.bfloat16() for name, weight
                                        in weights_of(whole_tokens).items()})
-    assert timeless(tmp_path) == timeless(whole_tokens)
+    assert timeless_log(tmp_path) == timeless_log(whole_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -2655,10 +2665,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, train
         grpo.main(arguments)
         assert words in capsys.readouterr().out
     assert same(weights_of(tmp_path), weights_of(whole_run))
-    logs = [[{key: value for key, value in row.items() if "second" not in key}
-             for row in read_log(out)] for out in (tmp_path, whole_run)]
-    assert logs[0] == logs[1]
+    assert timeless_log(tmp_path) == timeless_log(whole_run)
     check_error(grpo.main, arguments + ["num_samples=3"], "num_samples was 2 and is now 3", capsys)
+
+
+def test_a_save_of_grpo_may_die(whole_run, training, tmp_path, monkeypatch):
+    """An update or a logged row lost or taken twice, where `latest` has not yet moved."""
+    arguments = training + [f"out={tmp_path}", "steps=4"]
+    die_in_the_second_save("os.replace", monkeypatch, grpo.main, arguments)
+    grpo.main(arguments)
+    assert same(weights_of(tmp_path), weights_of(whole_run))
+    assert timeless_log(tmp_path) == timeless_log(whole_run)
 
 
 @pytest.mark.parametrize("lost", ["moments", "place"])
