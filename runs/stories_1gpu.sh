@@ -12,7 +12,8 @@
 #
 # Plans (plan=true with the keys below), bytes on the GPU, computed and not measured:
 #   pretraining, 51,930,432 parameters: 10,730,510,208 together; 65,536 tokens and 4.27e+13 FLOPs a
-#   step, 0.1 seconds at 40% of 989 TFLOP/s; 78,643,200 tokens, four and a half times over the rows
+#   step, 0.1 seconds at 40% of 989 TFLOP/s; 39,321,600 tokens, twice over the rows, whose pieces
+#   overlap: each token of the stories comes some ten times
 #   GRPO: 10,834,371,072 training, 8,616,615,552 sampling with 128 slots; 1.1 + 9.9 seconds a step
 #   if every completion reached the cap
 set -euo pipefail
@@ -31,7 +32,7 @@ python bench/longform.py out="$OUT/rows" pieces=24 vocab=16384 hidden=576 layers
     kv_heads=3 seq_len=8192 words='[500, 3000]' part=250 "${ROWS[@]}" "$@"
 python pretrain.py model="$OUT/rows/start" init=random data="$OUT/rows/train.jsonl" \
     val_data="$OUT/rows/held_out.jsonl" cache="$OUT/tokens" out="$OUT/base" \
-    seq_len=8192 batch_rows=8 micro_rows=4 steps=1200 lr=1e-3 warmup=30 recompute=none \
+    seq_len=8192 batch_rows=8 micro_rows=4 steps=600 lr=1e-3 warmup=30 recompute=none \
     eval_every=50 "${BASE[@]}"
 python grpo.py model="$OUT/base/latest" reward_model="" prompts="$OUT/rows/prompts.jsonl" \
     eval_prompts="$OUT/rows/held_out_prompts.jsonl" out="$OUT/grpo" \
