@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -37,8 +36,8 @@ from tqdm import tqdm
 from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
                    count_parameters, flops_per_token, join_share, load_config, load_for_training,
                    load_tokenizer, parse_config, print_once, sampling_plan, script, setup)
-from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_curves, draw_places,
-                      learning_rate, make_optimizer, make_packs, print_plan)
+from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
+                      make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     find_answer, generate, has_han, load_prompts, read_done)
@@ -647,12 +646,8 @@ def main(argv):
         return
     run.restore(trainer.model, trainer.optimizer)
     step = trainer.loop()
-    if run.is_main:
-        draw_curves(run.folder, PANELS)
-    if run.state.get("alarm"):
-        run.ranks.any(False)  # rank 0 has drawn
-        reason = f"stopped: {run.state['alarm']}; best is {run.folder}/best"
-        sys.exit(reason if run.is_main else 1)
+    alarm = run.state.get("alarm")
+    run.finish(PANELS, alarm and f"{alarm}; best is {run.folder}/best")
     if run.is_main and (step < config["steps"] or "unlogged" in run.state):
         print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
     elif run.is_main:

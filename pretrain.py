@@ -143,25 +143,11 @@ class Run:
             raise InputError("wandb=true needs: pip install wandb")
         open_folder(config, ranks, MAY_DIFFER)
         self.start, self.stop_asked = time.time(), False
-        latest = self.folder / "latest"
-        if latest.is_symlink() and not latest.exists():
-            raise InputError(f"{latest}: expected a checkpoint, found a link to "
-                             f"{os.readlink(latest)}, which is not there; point it at another")
-        if latest.exists() and not latest.is_symlink():
-            raise InputError(f"{latest}: expected a link to a checkpoint, found a folder; name it "
-                             "checkpoint-NNNNNN, by its step, and link to that")
-        self.checkpoint = latest.resolve() if latest.exists() else None
-        self.state = {"step": 0}  # what a script saves beside the weights: small and JSON
-        if self.checkpoint:
-            told = self.checkpoint / "state" / "run.json"
-            if not told.exists():
-                raise InputError(f"{told}: expected what the run goes on from, found none; start "
-                                 f"another with model={self.checkpoint}")
-            self.state = json.loads(told.read_text())
-            before = self.state.get("steps", config["steps"])
-            if self.is_main and config["schedule"] == "cosine" and before != config["steps"]:
-                print(f"steps was {before} and is now {config['steps']}: the learning rate goes on "
-                      "along another cosine")
+        self.checkpoint, self.state = self.find_checkpoint()
+        before = self.state.get("steps", config["steps"])
+        if self.is_main and config["schedule"] == "cosine" and before != config["steps"]:
+            print(f"steps was {before} and is now {config['steps']}: the learning rate goes on "
+                  "along another cosine")
         self.state["steps"] = config["steps"]
         self.step = self.saved = self.state["step"]
         if self.is_main:
@@ -176,6 +162,25 @@ class Run:
             self.state["wandb"] = self.wandb.id
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
+
+    def find_checkpoint(self):
+        """The folder that latest names, or None, and what a script saved beside its weights: small
+        and JSON."""
+        latest = self.folder / "latest"
+        if latest.is_symlink() and not latest.exists():
+            raise InputError(f"{latest}: expected a checkpoint, found a link to "
+                             f"{os.readlink(latest)}, which is not there; point it at another")
+        if latest.exists() and not latest.is_symlink():
+            raise InputError(f"{latest}: expected a link to a checkpoint, found a folder; name it "
+                             "checkpoint-NNNNNN, by its step, and link to that")
+        if not latest.exists():
+            return None, {"step": 0}
+        checkpoint = latest.resolve()
+        told = checkpoint / "state" / "run.json"
+        if not told.exists():
+            raise InputError(f"{told}: expected what the run goes on from, found none; start "
+                             f"another with model={checkpoint}")
+        return checkpoint, json.loads(told.read_text())
 
     def cut_log(self):
         """Drop rows logged after the checkpoint that the run goes on from."""
@@ -218,6 +223,14 @@ class Run:
             if counts[reason] >= limit:
                 return f"{reason}, {limit} steps in a row"
         return ""
+
+    def finish(self, panels, alarm):
+        """Draw the curves; then end all ranks, if there is an alarm to tell of."""
+        if self.is_main:
+            draw_curves(self.folder, panels)
+        if alarm:
+            self.ranks.any(False)  # rank 0 has drawn
+            sys.exit(f"stopped: {alarm}" if self.is_main else 1)
 
     def restore(self, model, optimizer):
         """Load the fp32 weights and moments that the run goes on from; collective."""
@@ -283,8 +296,8 @@ class Run:
         """Remove all but the newest checkpoints and the linked ones. Those of later steps, which
         a run left that went on from an earlier one, are the oldest."""
         kept = {(self.folder / link).resolve().name for link in ("best", "latest")}
-        steps = {folder: int(folder.name.removeprefix("checkpoint-"))
-                 for folder in self.folder.glob("checkpoint-*[0-9]")}
+        steps = {folder: int(number) for folder in self.folder.glob("checkpoint-*")
+                 if (number := folder.name.removeprefix("checkpoint-")).isdecimal()}
         age = lambda folder: (steps[folder] <= self.state["step"], steps[folder])
         for folder in sorted(steps, key=age)[:-self.config["keep"]]:
             if folder.name not in kept:
@@ -403,11 +416,7 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
             row |= validate()
         run.log(row)
         if alarm:
-            bar.close()
-            if run.is_main:
-                draw_curves(run.folder, panels)
-            reason = f"stopped: {alarm}; the last checkpoint is {run.folder}/latest"
-            sys.exit(reason if run.is_main else 1)
+            break
         bar.update()
         shown = f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s"
         bar.set_postfix_str(shown + (f", mfu {row['mfu']:.0%}" if "mfu" in row else ""))
@@ -417,8 +426,8 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
         if stop:
             break
     bar.close()
+    run.finish(panels, alarm and f"{alarm}; the last checkpoint is {run.folder}/latest")
     if run.is_main:
-        draw_curves(run.folder, panels)
         print(f"wrote {target}" if step == config["steps"]
               else f"stopped after step {step}, saved in {target}; the same command goes on")
 
@@ -605,9 +614,6 @@ class Documents:
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
         self.seq_len, self.seed, self.epoch = seq_len, seed, None
         self.num_rows = -(-len(self.tokens) // seq_len)
-        ends = self.ends[:2 ** 20]  # a sample is enough
-        pieces = np.diff(np.union1d(ends, np.arange(0, ends[-1], seq_len)))
-        self.mean_length = np.square(pieces).sum() / ends[-1]  # of the piece that a token is in
 
     def row(self, number):
         """(tokens, targets, lengths of the documents' pieces) of a row, counted over epochs."""
@@ -626,13 +632,18 @@ class Documents:
         tokens = np.where(stored < 0, ~stored, stored)[:size]
         return tokens, targets, np.diff([0, *ends[ends < size], size])
 
+    def mean_length(self):
+        """Of the document's piece that a token is in, by the first million documents."""
+        ends = self.ends[:2 ** 20]
+        pieces = np.diff(np.union1d(ends, np.arange(0, ends[-1], self.seq_len)))
+        return np.square(pieces).sum() / ends[-1]
+
 
 class Mixture:
     """Several Documents, each with a weight: its share of the rows."""
 
     def __init__(self, parts, weights):
         self.parts, self.weights = parts, np.array(weights) / sum(weights)
-        self.mean_length = float(self.weights @ [part.mean_length for part in parts])
         self.num_drawn = math.inf  # the first row starts the count
 
     def row(self, number):
@@ -644,6 +655,9 @@ class Mixture:
             part = int((self.weights * self.num_drawn - self.counts).argmax())
             self.counts[part] += 1
         return self.parts[part].row(self.counts[part] - 1)
+
+    def mean_length(self):
+        return float(self.weights @ [part.mean_length() for part in self.parts])
 
 
 def load_data(data, *options):
@@ -757,7 +771,7 @@ def main(argv):
 
     train(run, model, optimizer, accumulate, validate if val_data else dict,
           {"loss": ["loss", "val_loss"], "gradient norm": ["grad_norm"]},
-          tokens=batch * config["seq_len"], length=data.mean_length)
+          tokens=batch * config["seq_len"], length=data.mean_length())
 
 
 if __name__ == "__main__":

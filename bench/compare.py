@@ -40,11 +40,12 @@ import transformers
 from tqdm import tqdm
 
 import grpo
+from h100 import pad_left, run_ours
 from model import (ChunkedLogProbs, InputError, find_commit, load_for_sampling, load_model,
                    load_tokenizer, parse_config, script, setup)
 from pretrain import apply_gradient, draw_places, make_optimizer, to_pack
 from reward import rule_rewards
-from sample import Stops, apply_template, encode_prompts, generate, load_prompts
+from sample import apply_template, encode_prompts, load_prompts
 
 CONFIG = dict(
     model="toy/policy",
@@ -80,13 +81,10 @@ def print_ratios(what, seconds, tokens=None):
 
 # ---------------------------------------------------------------- sampling
 
-def sample_ours(model, tokenizer, prompts, caps, compile_decode):
-    stops = Stops(tokenizer, [], model.num_tokens)
-    stops.tokens, stops.may_stop = set(), torch.zeros_like(stops.may_stop)
-    work = [(p, 0) for p in range(len(prompts))]
-    done = list(generate(model, prompts, work, stops, caps, slots=len(prompts),
-                         compile_decode=compile_decode))
-    assert sum(len(c.tokens) for c in done) == sum(caps)
+def sample_ours(model, prompts, caps, compile_decode):
+    seconds, num_tokens = run_ours(model, prompts, caps, compile_decode)
+    assert num_tokens == sum(caps)
+    return seconds
 
 
 @torch.inference_mode()
@@ -94,10 +92,7 @@ def sample_theirs(model, prompts, caps, batch, order):
     """In batches, each until its longest is done; left padding."""
     for start in range(0, len(order), batch):
         part = order[start:start + batch]
-        width = max(len(prompts[p]) for p in part)
-        tokens = torch.tensor([[0] * (width - len(prompts[p])) + prompts[p] for p in part])
-        mask = torch.tensor([[0] * (width - len(prompts[p])) + [1] * len(prompts[p])
-                             for p in part])
+        tokens, mask = pad_left([prompts[p] for p in part], "cpu")
         cap = max(caps[p] for p in part)
         model.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                        top_p=1.0, min_new_tokens=cap, max_new_tokens=cap, pad_token_id=0)
@@ -121,8 +116,8 @@ def compare_sampling(config, what, caps, is_sorted=False):
     print(f"theirs: transformers generate, dynamic cache, batches of {batch} (of "
           f"{ {b: round(s, 1) for b, s in best.items()} } s)", file=sys.stderr)
     print_ratios(what, alternate({
-        "ours": lambda: sample_ours(ours, tokenizer, prompts, caps, False),
-        "ours, compiled": lambda: sample_ours(ours, tokenizer, prompts, caps, True),
+        "ours": lambda: sample_ours(ours, prompts, caps, False),
+        "ours, compiled": lambda: sample_ours(ours, prompts, caps, True),
         "theirs": lambda: sample_theirs(theirs, prompts, caps, batch, order)},
         config["runs"]), sum(caps))
 

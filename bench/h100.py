@@ -588,15 +588,20 @@ def run_ours(network, prompts, caps, is_compiled):
     return read_clock() - start, sum(len(c.tokens) for c in done)
 
 
+def pad_left(prompts, device):
+    """tokens and mask (S, longest), for transformers."""
+    width = max(map(len, prompts))
+    tokens = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
 def run_generate(peer, prompts, caps, **options):
     """One batch, padded on the left, until its longest is done."""
-    start, width, most = read_clock(), max(map(len, prompts)), max(caps)
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=peer.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts],
-                        device=peer.device)
+    start, (tokens, mask) = read_clock(), pad_left(prompts, peer.device)
     found = peer.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                          top_p=1.0, max_new_tokens=most, pad_token_id=0, **options)
-    return read_clock() - start, sum(min(cap, found.shape[1] - width) for cap in caps)
+                          top_p=1.0, max_new_tokens=max(caps), pad_token_id=0, **options)
+    return read_clock() - start, sum(min(cap, found.shape[1] - tokens.shape[1]) for cap in caps)
 
 
 def run_continuous(peer, prompts, caps):

@@ -14,7 +14,6 @@ paragraph ends and comes in numbered parts, which its plan counts: a small model
 3,000 words, but it can learn how long a part is, and which number it has come to.
 """
 import json
-import math
 import random
 import re
 import sys
@@ -129,7 +128,7 @@ def prompt_rows(rows, count, low, high, rng):
     asked = [(prompts[place % len(prompts)], 10 * round(words / 10))
              for place, words in enumerate(spread)]
     found = [{"id": f"{words}-{place}", "prompt": request(prompt, words),
-              "length": [math.ceil(words * (1 - make.RANGE)), int(words * (1 + make.RANGE))]}
+              "length": make.range_around(words)}
              for place, (prompt, words) in enumerate(asked)]
     rng.shuffle(found)
     return found

@@ -69,14 +69,18 @@ RANGE = 0.1  # a prompt's range is its count, give or take this share
 
 # ---------------------------------------------------------------- rows
 
+def range_around(words):
+    """[lo, hi] of a request for so many words."""
+    return [math.ceil(words * (1 - RANGE)), int(words * (1 + RANGE))]
+
+
 def prompt_rows(topics, counts, num_rows, rng):
     """Prompt rows with counts spread evenly; "topic" is there for the gold score alone."""
     rows = []
     for number in range(num_rows):
         topic, words = rng.choice(topics), counts[number * len(counts) // num_rows]
         rows.append({"id": f"{words}-{number}", "prompt": grammar.request(topic, words, rng),
-                     "length": [math.ceil(words * (1 - RANGE)), int(words * (1 + RANGE))],
-                     "topic": topic})
+                     "length": range_around(words), "topic": topic})
     rng.shuffle(rows)
     return rows
 

@@ -9,7 +9,6 @@ with as much room as the others: completions to pretrain on, with a plan and wit
 ones, then mixed ones, of which half follow the outline; pairs for a reward model; prompts to train
 on, and held-out ones.
 """
-import math
 import random
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import grammar
-from make import (RANGE, completion_row, dress, honest_text, in_tags, plan_line, spoil_half,
+from make import (completion_row, dress, honest_text, in_tags, plan_line, range_around, spoil_half,
                   write_rows)
 from model import parse_config, script
 from sample import TEMPLATES
@@ -102,8 +101,7 @@ def outline_prompt(topics, counts, number, rng):
     """A prompt row as the toy's, whose topics are in order."""
     outline, words = draw_outline(topics, counts, rng)
     return {"id": f"{words}-{number}", "prompt": outline_request(outline, words, rng),
-            "length": [math.ceil(words * (1 - RANGE)), int(words * (1 + RANGE))],
-            "topics": outline}
+            "length": range_around(words), "topics": outline}
 
 
 def outline_completion(topics, counts, rng, template, is_clean):
