@@ -399,6 +399,7 @@ class Span(NamedTuple):
     cu_seqlens: torch.Tensor  # (S+1,) int32
     sizes: list               # of the sequences, or None where a kernel reads cu_seqlens
     max_len: int              # longest sequence in this call
+    past: int                 # tokens in the cache before a prompt's next chunk, which is alone
     lengths: torch.Tensor     # (S,) int32 keys of each cached sequence, or None: no cache read
     mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf, or None where a kernel reads lengths
 
@@ -406,18 +407,21 @@ class Span(NamedTuple):
 def attention(q, k, v, span):
     """Causal attention within each sequence; q (N, H, D) -> (N, H, D).
 
-    Without span.lengths, k and v (N, K, D) are this call's own. With it, this is a decode step:
-    one query per sequence, k and v (S, cap, K, D) the caches, of which lengths[s] keys count."""
+    Without span.lengths, k and v (N, K, D) are this call's own, after those of span.past tokens
+    where there are. With it, this is a decode step: one query per sequence, k and v (S, cap, K, D)
+    the caches, of which lengths[s] keys count."""
     if span.lengths is None:
-        if flash_attn_varlen_func and q.is_cuda and q.dtype != torch.float32:
-            return flash_attn_varlen_func(q, k, v, span.cu_seqlens, span.cu_seqlens,
-                                          span.max_len, span.max_len, causal=True)
         if q.is_cuda and q.dtype != torch.float32:
-            return torch_varlen(q, k, v, span)
-        parts = [x.transpose(0, 1).split(span.sizes, dim=1) for x in (q, k, v)]  # (heads, T, D)
+            return flash_varlen(q, k, v, span)
+        key_sizes = [size + span.past for size in span.sizes]
+        parts = [x.transpose(0, 1).split(sizes, dim=1)  # (heads, T, D)
+                 for x, sizes in ((q, span.sizes), (k, key_sizes), (v, key_sizes))]
+        mask = None
+        if span.past:
+            mask = q.new_ones(len(q), len(k), dtype=torch.bool).tril(span.past)
         return torch.cat([
-            F.scaled_dot_product_attention(*(x[None] for x in qkv), is_causal=True,
-                                           enable_gqa=True)[0]
+            F.scaled_dot_product_attention(*(x[None] for x in qkv), attn_mask=mask,
+                                           is_causal=mask is None, enable_gqa=True)[0]
             for qkv in zip(*parts)], dim=1).transpose(0, 1)
     if span.mask is None and flash_attn_with_kvcache:
         return flash_attn_with_kvcache(q[:, None], k, v, cache_seqlens=span.lengths,
@@ -507,12 +511,19 @@ def triton_decode(q, k, v, lengths):
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def torch_varlen(q, k, v, span):
-    """FlashAttention inside torch; 2.11 has no grouped queries there, so keys are repeated."""
-    if not GROUPED:
+def flash_varlen(q, k, v, span):
+    """FlashAttention over sequences of any length, flash-attn's or torch's; a query sees the keys
+    up to its own, counted from the end where there are more keys than queries."""
+    cu_keys, max_keys = span.cu_seqlens, span.max_len
+    if span.past:  # (0, T) becomes (0, past + T)
+        cu_keys, max_keys = cu_keys + span.past * cu_keys.sign(), max_keys + span.past
+    if flash_attn_varlen_func:
+        return flash_attn_varlen_func(q, k, v, span.cu_seqlens, cu_keys, span.max_len, max_keys,
+                                      causal=True)
+    if not GROUPED:  # torch 2.11 has no grouped queries there, so keys are repeated
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return varlen_attn(q, k, v, span.cu_seqlens, span.cu_seqlens, span.max_len, span.max_len,
+    return varlen_attn(q, k, v, span.cu_seqlens, cu_keys, span.max_len, max_keys,
                        window_size=(-1, 0), **GROUPED)  # no look ahead: causal
 
 
@@ -527,6 +538,12 @@ class Share(NamedTuple):
         """x summed over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
+        return x
+
+    def lead(self, x):
+        """x of the first rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
         return x
 
     def stack(self, x):
@@ -589,7 +606,7 @@ class Attention(nn.Module):
         if stored:
             cache, layer = stored
             cache.write(layer, k, v)
-            if span.lengths is not None:
+            if span.past or span.lengths is not None:
                 k, v = cache.read(layer)
         return self.o_proj(attention(q, k, v, span).flatten(1))
 
@@ -744,14 +761,14 @@ class Qwen2(nn.Module):
         sizes = cu_seqlens.diff()
         sequence = torch.repeat_interleave(sizes, output_size=N)  # (N,) which sequence is it of
         positions = torch.arange(N, device=tokens.device) - cu_seqlens[sequence]
-        lengths = mask = None
+        past, lengths, mask = 0, None, None
         if cache is not None:
-            positions, lengths, mask = cache.begin(sequence, positions)
+            positions, past, lengths, mask = cache.begin(sequence, positions)
         angles = positions[:, None, None].float() * self.frequencies
         x = self.model.embed_tokens(tokens)  # (N, C)
         needs_sizes = lengths is None and not (x.is_cuda and x.dtype != torch.float32)
         span = Span(cu_seqlens, sizes.tolist() if needs_sizes else None,
-                    1 if N == S else int(sizes.max()), lengths, mask)
+                    1 if N == S else int(sizes.max()), past, lengths, mask)
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)
         for layer, block in enumerate(self.model.layers):

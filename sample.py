@@ -17,8 +17,8 @@ K key/value heads, D head size, V vocabulary.
 4. A stop string may span tokens. The text ends with the token that completes it; nothing that
    was not sampled is ever appended.
 5. With sample_tp ranks to a model, each has slices of the weights, of the cache and of the
-   vocabulary. They take the same jobs and draw the same tokens, so their engines stay alike
-   without a word about either: the leader only tells which job comes next.
+   vocabulary. The leader tells which job comes next and what was drawn: sums that a GPU makes in
+   another order (of a nucleus, say) must not part the engines of a share.
 """
 import fcntl
 import functools
@@ -400,7 +400,7 @@ def sample_tokens(logits, keys, positions, temperature, top_p, top_k, first=0):
 
 def sample_among_ranks(share, logits, keys, positions, first, columns, **sampling):
     """sample_tokens where each rank of a share has `columns` of the logits, fewer at the end: the
-    best of the ranks' own winners wins. All find the same one, from the same numbers."""
+    best of the ranks' own winners wins."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling["temperature"] == 0 or sampling["top_k"] or sampling["top_p"] < 1:
         logits = F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
@@ -435,9 +435,11 @@ class Cache:
         # what a kernel may reach changes with the longest sequence, but seldom on CUDA: few graphs
         self.grain = 16 if not weight.is_cuda else -(-cap // 8) if self.needs_mask else cap
 
-    def use_for_prefill(self, slots):
-        """The next forward passes read prompts from their beginning, into slots (S,)."""
-        self.at, self.rows, self.lengths[slots] = slots, 0, 0
+    def use_for_prefill(self, slots, past=0):
+        """The next forward pass reads prompts into these slots; with a past, one goes on after
+        so many tokens."""
+        self.at = torch.tensor(slots, device=self.lengths.device)
+        self.slot, self.rows, self.past, self.lengths[self.at] = slots[0], 0, past, past
 
     def use_for_decode(self, rows, reach):
         """The next ones add a token to each of the first slots, which hold less than reach."""
@@ -447,21 +449,23 @@ class Cache:
     def begin(self, sequence, offsets):
         """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
 
-        Returns their positions (N,), and for a decode step the number of keys (S,) to read and,
-        where no kernel reads that, the mask (S, 1, 1, reach) that leaves the others out."""
+        Returns their positions (N,); the past of a prompt's next chunk, else 0; and for a decode
+        step the number of keys (S,) to read and, where no kernel reads that, the mask
+        (S, 1, 1, reach) that leaves the others out."""
         slot = self.at[sequence]
         positions = self.lengths[slot].long() + offsets
         K = self.k[0].shape[1]
         row = slot[:, None] * K + torch.arange(K, device=slot.device)
         self.places = (row * self.cap + positions[:, None]).flatten()  # (N K,) of slots K cap
         if not self.rows:
-            return positions, None, None
+            self.reach = self.past + len(positions)
+            return positions, self.past, None, None
         lengths = self.lengths[:self.rows] + 1
         if not self.needs_mask:
-            return positions, lengths, None
+            return positions, 0, lengths, None
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
         mask = torch.zeros(is_past.shape, dtype=self.k[0].dtype, device=lengths.device)
-        return positions, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
+        return positions, 0, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
 
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
@@ -469,8 +473,10 @@ class Cache:
             cached.flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 1))
 
     def read(self, layer):
-        """Keys and values (S, reach, K, D) of a decode step's slots."""
-        return [cached[layer][:self.rows, :, :self.reach].transpose(1, 2)
+        """Keys and values (S, reach, K, D) of a decode step's slots, or (reach, K, D) of the
+        prompt that goes on."""
+        which = slice(self.rows) if self.rows else self.slot
+        return [cached[layer][which, :, :self.reach].transpose(-3, -2)
                 for cached in (self.k, self.v)]
 
     def copy(self, source, target, length):
@@ -536,8 +542,11 @@ class Engine:
         share, model = self.model.share, self.model
         if share.size == 1:
             return sample_tokens(logits, keys, positions, **self.sampling)
-        return sample_among_ranks(share, logits, keys, positions, model.first_token,
-                                  share.most(model.config["vocab_size"]), **self.sampling)
+        tokens, logprobs = sample_among_ranks(
+            share, logits, keys, positions, model.first_token,
+            share.most(model.config["vocab_size"]), **self.sampling)
+        tokens, logprobs = share.lead(torch.stack([tokens.to(logprobs.dtype), logprobs]))
+        return tokens.long(), logprobs
 
     @torch.inference_mode()
     def admit(self, work):
@@ -573,7 +582,8 @@ class Engine:
             while fresh and (not pack or size + len(self.prompts[fresh[0]]) <= PREFILL_TOKENS):
                 pack.append(fresh.pop(0))
                 size += len(self.prompts[pack[-1]])
-            self.read_prompts(pack, [source[prompt] for prompt in pack])
+            for past in range(0, size, PREFILL_TOKENS):
+                self.read_prompts(pack, [source[prompt] for prompt in pack], past)
         for slot in slots:
             prompt = self.held[slot]
             if source[prompt] != slot:
@@ -581,12 +591,13 @@ class Engine:
             self.cache.lengths[slot] = len(self.prompts[prompt])
         self.next_logits = {prompt: self.next_logits[prompt] for prompt in set(self.held) - {None}}
 
-    def read_prompts(self, pack, slots):
-        """Keys and values of a pack of prompts into P slots, in one pass; their next logits."""
-        tokens = [token for prompt in pack for token in self.prompts[prompt]]
-        ends = itertools.accumulate(len(self.prompts[prompt]) for prompt in pack)
-        self.cache.use_for_prefill(torch.tensor(slots, device=self.device))
-        logits = self.model(torch.tensor(tokens, device=self.device),
+    def read_prompts(self, pack, slots, past):
+        """Keys and values of a pack of prompts into P slots, in one pass; their next logits. A
+        prompt of more than PREFILL_TOKENS is alone, and comes in chunks."""
+        chunks = [self.prompts[prompt][past:past + PREFILL_TOKENS] for prompt in pack]
+        ends = itertools.accumulate(map(len, chunks))
+        self.cache.use_for_prefill(slots, past)
+        logits = self.model(torch.tensor(sum(chunks, []), device=self.device),
                             torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
                             cache=self.cache)
         self.next_logits |= dict(zip(pack, logits))

@@ -305,7 +305,7 @@ def make_pack(s, lengths):
     cu_seqlens = torch.tensor([0, *lengths], device=s.ranks.device).cumsum(0).int()
     heads = [s.config["num_attention_heads"]] + [s.config["num_key_value_heads"]] * 2
     qkv = [s.draw(sum(lengths), n, head_size(s.config)).requires_grad_() for n in heads]
-    return qkv, Span(cu_seqlens, list(lengths), max(lengths), None, None)
+    return qkv, Span(cu_seqlens, list(lengths), max(lengths), 0, None, None)
 
 
 def make_decode(s, lengths, has_mask):
@@ -317,7 +317,7 @@ def make_decode(s, lengths, has_mask):
     k, v = (s.draw(S, s.config["num_key_value_heads"], keys, head_size(s.config)).transpose(1, 2)
             for _ in "kv")
     q = s.draw(S, s.config["num_attention_heads"], head_size(s.config))
-    return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), None, 1,
+    return [q, k, v], Span(torch.arange(S + 1, dtype=torch.int32, device=device), None, 1, 0,
                            lengths, mask if has_mask else None)
 
 
