@@ -157,8 +157,11 @@ class Run:
         self.wandb = None
         if self.is_main and config["wandb"]:
             import wandb
-            self.wandb = wandb.init(project=self.folder.name, config=config, resume="allow",
-                                    id=self.state.get("wandb"))
+            try:
+                self.wandb = wandb.init(project=self.folder.name, config=config, resume="allow",
+                                        dir=self.folder, id=self.state.get("wandb"))
+            except wandb.Error as error:  # nobody has logged in
+                raise InputError(f"wandb=true: {error}") from None
             self.state["wandb"] = self.wandb.id
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
@@ -338,17 +341,19 @@ def draw_curves(folder, panels):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_done(Path(folder) / "log.jsonl")
+    points = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    panels = {title: known for title, keys in panels.items()
+              if (known := {key: points(key) for key in keys if points(key)})}
     columns = min(3, len(panels))
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False,
                                 figsize=(4 * columns, 2.8 * -(-len(panels) // columns)))
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
-        for key in keys:
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    for axis, (title, curves) in zip(axes.flat, panels.items()):
+        for key, curve in curves.items():
             is_eval = key.startswith(("eval/", "val_"))
-            axis.plot(*zip(*points) if points else ([], []), label=key,
-                      marker="o" if is_eval else None, linewidth=2 if is_eval else 0.9)
+            axis.plot(*zip(*curve), label=key, marker="o" if is_eval else None,
+                      linewidth=2 if is_eval else 0.9)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

@@ -2007,11 +2007,12 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
         pretrain.Run.log(run, {"step": 1})
 
 
-def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch):
-    """Curves in pieces, or rows that never reach them."""
+def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch,
+                                                             capsys):
+    """Curves in pieces, or rows that never reach them; a traceback where nobody has logged in."""
     logged, wandb = [], types.ModuleType("wandb")
 
-    def init(project, config, resume, id):
+    def init(project, config, resume, dir, id):
         run = types.SimpleNamespace(id=id or f"made for {project}")
         run.log = lambda row, step: logged.append((run.id, step, row["loss"]))
         return run
@@ -2022,6 +2023,13 @@ def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_pa
         pretrain.main(pretraining + [f"out={tmp_path / 'run'}", "wandb=true", f"steps={steps}"])
     assert logged == [("made for run", row["step"], row["loss"])
                       for row in read_log(tmp_path / "run")]
+
+    def refuse(**options):
+        raise wandb.Error("No API key configured.")
+
+    wandb.init, wandb.Error = refuse, type("Error", (Exception,), {})
+    check_error(pretrain.main, pretraining + [f"out={tmp_path / 'other'}", "wandb=true"],
+                "wandb=true: No API key configured.", capsys)
 
 
 def test_folders_and_rows_that_teach_nothing_are_named(pretraining, policy, tmp_path, capsys):
