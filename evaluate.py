@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model import (InputError, context_length, find_commit, find_folder, join_share,
+from model import (InputError, context_length, find_commit, is_scorer, join_share, load_config,
                    load_for_sampling, open_folder, parse_config, print_once, script, setup)
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
                     format_fault, is_url, join, marked, page, response_row, scatter, table, tag)
@@ -110,6 +110,7 @@ def need(row, key, kind):
     if not isinstance(row[key], kind) or row[key] in ("", []):
         expected = {str: "a text", list: "a list"}.get(kind, "a whole number")
         raise ValueError(f"expected {expected} under {key!r}, found {row[key]!r:.40}")
+    str(row[key]).encode()  # half a surrogate pair is JSON, and no text
     return row[key]
 
 
@@ -172,14 +173,16 @@ def load_items(bench, path, columns, limit):
 
 
 def named(given, what):
-    """{name: file, folder or URL} from one of them or a dict."""
+    """{name: file, folder or URL} from one of them or a dict; {} from ""."""
     parts = given.values() if isinstance(given, dict) else [given]
     if not all(isinstance(part, str) for part in parts):
         raise InputError(f"{what}: expected one, or a JSON dict of names, found {given!r}")
     if isinstance(given, str) and is_url(given):
         raise InputError(f'{what}={given}: expected {{"NAME": "{given}"}}, with the name that the '
                          "server knows")
-    return given if isinstance(given, dict) else {Path(given).name.split(".json")[0]: given}
+    if isinstance(given, dict) or not given:
+        return given or {}
+    return {Path(given).name.split(".json")[0]: given}
 
 
 def load_subsets(data, subsets):
@@ -211,7 +214,10 @@ class Folder:
     calls = itertools.count()  # names the counters in the ranks' store
 
     def __init__(self, name, template, slots, sample_tp, seed, ranks, stops=(), **sampling):
-        self.folder = find_folder(name, with_weights=True).resolve()
+        folder, found = load_config(name, with_weights=True)
+        if is_scorer(found):  # told before anything is written, or any model has worked for hours
+            raise InputError(f"{name}: expected a language model, found one with a score head")
+        self.folder = folder.resolve()
         files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
                  for file in sorted(self.folder.iterdir()) if file.is_file()]
         self.identity = {"folder": str(self.folder), "files": files, "template": template,
@@ -272,7 +278,7 @@ def read_text(row, template):
 
 def generate_texts(name, source, items, template, out, ranks):
     """A Text for each item; also written as response rows, for reward.py and other scripts."""
-    rows = Cache(source, out / "generated.jsonl", ranks).answer(
+    rows = Cache(source, out / "generated.jsonl").answer(
         [item.prompt for item in items], range(len(items)), told=name,
         labels=[{"index": item.id, "name": name} for item in items])
     texts = [read_text(row, template) for row in rows]
@@ -422,10 +428,10 @@ def open_judge(config, ranks):
     else:
         sampling = parse_config(FOLDER_JUDGE, [
             f"{key}={value}" for key, value in config["judge_sampling"].items()],
-            {key: LIMITS[key] for key in FOLDER_JUDGE if key in LIMITS})
+            {key: LIMITS[key] for key in FOLDER_JUDGE})
         source = Folder(judge, "chat", config["slots"], config["sample_tp"], config["seed"], ranks,
                         **sampling)
-    return Judge(source, path, ranks)
+    return Judge(source, path)
 
 
 def judge_all(questions, judge):
@@ -438,6 +444,10 @@ def judge_all(questions, judge):
 
 
 # ---------------------------------------------------------------- scores
+
+def mean_of(values):
+    return sum(values) / len(values) if values else math.nan
+
 
 def resample(num):
     """(DRAWS, num) places of prompts, drawn with replacement."""
@@ -467,8 +477,7 @@ def writingbench_scores(items, scores, subsets):
     """Scores by name; scores: for each item {criterion: score}, the unscored left out."""
     sums, counts = np.array([(sum(some.values()), len(some)) for some in scores], float).T
     found = {"overall": estimate(lambda at: sums[at].sum(-1) / counts[at].sum(-1), len(items))}
-    mean = lambda some: sum(some) / len(some) if some else math.nan
-    per_query = [mean(some.values()) for some in scores]
+    per_query = [mean_of(some.values()) for some in scores]
 
     def add(name, is_in, values=per_query):
         if any(is_in):
@@ -479,7 +488,8 @@ def writingbench_scores(items, scores, subsets):
     for name, counted in subsets.items():
         parts = [counted.get(str(item.id), ()) for item in items]
         add(name, [bool(part) for part in parts], [
-            mean([some[key] for key in some if key in part]) for part, some in zip(parts, scores)])
+            mean_of([some[key] for key in some if key in part])
+            for part, some in zip(parts, scores)])
     is_chinese = np.array([has_han(item.prompt) for item in items])
     add("English", ~is_chinese)
     add("Chinese", is_chinese)
@@ -573,9 +583,8 @@ def arena_checks(judged, texts):
             a, b = (words(name, place) for name in names)
             if a != b:
                 longer.append((winner == "A") == (a > b))
-    mean = lambda some: sum(some) / len(some) if some else math.nan
-    return {"order_consistency": mean(agree), "first_slot_share": mean(first),
-            "longer_wins": mean(longer)}
+    return {"order_consistency": mean_of(agree), "first_slot_share": mean_of(first),
+            "longer_wins": mean_of(longer)}
 
 
 # ---------------------------------------------------------------- health, without a judge
@@ -587,15 +596,14 @@ def distinct_share(text, n=3, window=500):
     parts = [words[start:start + window]
              for start in range(0, max(1, len(words) - window // 2), window)]
     grams = [list(zip(*(part[k:] for k in range(n)))) for part in parts]
-    shares = [len(set(some)) / len(some) for some in grams if some]
-    return sum(shares) / len(shares) if shares else math.nan
+    return mean_of([len(set(some)) / len(some) for some in grams if some])
 
 
-def copied_along(size, spans, parts=10):
+def copied_along(size, spans):
     """Share of each tenth of a text of `size` characters that lies in the spans."""
-    tenth = max(1, size) / parts
+    tenth = max(1, size) / 10
     overlap = lambda start, end, n: max(0.0, min(end, (n + 1) * tenth) - max(start, n * tenth))
-    return [sum(overlap(start, end, n) for start, end in spans) / tenth for n in range(parts)]
+    return [sum(overlap(start, end, n) for start, end in spans) / tenth for n in range(10)]
 
 
 class Health(NamedTuple):
@@ -667,11 +675,6 @@ def number(x):
     return "-" if x is None or math.isnan(x) else f"{x:,.{0 if abs(x) >= 100 else 2}f}"
 
 
-def shown(found):
-    """8.12 [7.90, 8.31]"""
-    return f"{number(found['mean'])} [{number(found['low'])}, {number(found['high'])}]"
-
-
 def grid(models, key, cell):
     """(head, rows) of cell(score) by score and model; what there is more of goes down."""
     names = list(dict.fromkeys(name for found in models.values() for name in found[key]))
@@ -682,7 +685,8 @@ def grid(models, key, cell):
 
 
 def print_scores(models, key):
-    head, rows = grid(models, key, lambda name, found: shown(found) if found else "-")
+    told = lambda name, found: "{} [{}, {}]".format(*map(number, found.values())) if found else "-"
+    head, rows = grid(models, key, told)
     widths = [max(map(len, column)) + 2 for column in zip(head, *rows)]
     for row in [head, *rows]:
         print(row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])))
@@ -822,7 +826,7 @@ def summarise_run(config, items, texts, models, found, judged, template):
     reasons = collections.Counter(fault.split(":")[0] for fault in faults)
     total = len(judged) or len(told)
     judges = sorted({v.model for _, v in judged if v.model})
-    files = named(config["responses"], "responses") if config["responses"] else {}
+    files = named(config["responses"], "responses")
     is_folder = config["judge"] and not is_url(config["judge"])
     results = {
         "bench": bench, "models": found, "judge": ", ".join(judges),
@@ -852,7 +856,7 @@ def baselines_of(items):
 
 def load_known(config):
     """(items, {name: texts}) of what is there before anything is asked; {} to be generated."""
-    files = named(config["responses"], "responses") if config["responses"] else {}
+    files = named(config["responses"], "responses")
     if config["bench"] == "health" and files and not config["data"]:
         rows = {}
         for row in itertools.chain(*(load_rows(path, response_row) for path in files.values())):
@@ -869,6 +873,8 @@ def check_names(config, models, baselines):
     """The anchor; errors before anything is asked."""
     if config["bench"] == "health" and config["judge"]:
         raise InputError("judge: bench=health asks none")
+    if config["bench"] != "writingbench" and config["subsets"]:
+        raise InputError("subsets: only bench=writingbench has them")
     clash = set(models) & baselines.keys()
     if clash:
         raise InputError(f"model: expected names that no baseline has, found {min(clash)!r}")

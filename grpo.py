@@ -37,7 +37,7 @@ from model import (InputError, build_model, compute_dtype, context_length, copy_
                    count_parameters, flops_per_token, join_share, load_config, load_for_training,
                    load_tokenizer, parse_config, print_once, sampling_plan, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
-                      make_optimizer, make_packs, print_plan)
+                      make_optimizer, make_packs, print_plan, write_text)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
                     find_answer, generate, has_han, load_prompts, read_done)
@@ -329,8 +329,7 @@ def save_samples(folder, step, completions, scored, rows):
               "rewards": {key: None if math.isnan(rewards[key]) else rewards[key]
                           for key in (*COMPONENTS, "repetition", "words")}}
              for c, rewards in zip(completions, scored)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                    encoding="utf-8")
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_rollouts(path, step, scored):
@@ -340,7 +339,7 @@ def write_rollouts(path, step, scored):
         known = sorted((r for r in scored if not math.isnan(r[name])), key=lambda r: r[name])
         for kind, chosen in (("best", known[-1:]), ("worst", known[:1])):
             blocks += [text_block(f"{name}, {kind}:", rewards) for rewards in chosen]
-    path.write_text(page(f"Rollouts of step {step}", *blocks), encoding="utf-8")
+    write_text(path, page(f"Rollouts of step {step}", *blocks))
 
 
 def show_result(folder, column=48):
@@ -573,8 +572,8 @@ class Trainer:
         step = run.step
         row = run.state.pop("unlogged", {"step": 0} if step == 0 else None)
         while True:
+            is_best, is_last = False, step == config["steps"] or bool(run.state.get("alarm"))
             if row is not None:
-                is_best, is_last = False, step == config["steps"] or bool(run.state.get("alarm"))
                 if is_last or step % config["eval_every"] == 0:
                     found = self.evaluate(step)
                     if found is None:
@@ -588,7 +587,7 @@ class Trainer:
                 run.log(row)
                 if step and (is_best or is_last or step % config["save_every"] == 0):
                     run.save(step, self.model, self.optimizer, is_best)
-            if step == config["steps"] or run.state.get("alarm"):
+            if is_last:
                 break
             row = self.update(step + 1)
             if row is None:
@@ -626,7 +625,7 @@ def main(argv):
         combine=["advantages", "rewards"]))
     weights = config["weights"]
     if not (set(weights) <= set(COMPONENTS) and any(weights.values())
-            and all(isinstance(weight, (int, float)) and weight >= 0
+            and all(isinstance(weight, (int, float)) and 0 <= weight < math.inf
                     for weight in weights.values())):
         raise InputError(f"weights={json.dumps(weights)}: expected weights of at least 0, not all "
                          f"0, for some of {', '.join(COMPONENTS)}")

@@ -11,8 +11,9 @@ cu_seqlens (S+1,), the running sum of the sequences' lengths, so nothing is ever
    loading is strict and every folder written here opens in transformers unchanged.
 2. forward gives one of three answers: log-probs and entropies of given targets, computed in
    chunks so that no (N, V) tensor exists; next-token logits; or the scores of a score head.
-3. Attention is flash-attn where it is installed, torch's own varlen FlashAttention on other CUDA
-   machines, and torch's own on the CPU: scaled_dot_product_attention, or plain products.
+3. Attention is flash-attn where it is installed; on other CUDA machines torch's own varlen
+   FlashAttention, and for decoding a Triton kernel; on the CPU scaled_dot_product_attention, or
+   plain products.
 """
 import copy
 import functools
@@ -907,11 +908,11 @@ def load_config(name, with_weights=False):
     for key in needed:
         if not isinstance(config.get(key), (int, float)):
             raise InputError(f"{path}: expected a number for {key}, found {config.get(key)!r}")
-    if rope_settings(config)["rope_type"] not in ("default", "yarn"):
-        raise InputError(f"{path}: expected rope type default or yarn, "
-                         f"found {rope_settings(config)['rope_type']}")
-    if rope_settings(config)["rope_type"] == "yarn" and not rope_settings(config).get("factor"):
-        raise InputError(f"{path}: expected a factor of YaRN, found {rope_settings(config)}")
+    rope = rope_settings(config)
+    if rope["rope_type"] not in ("default", "yarn"):
+        raise InputError(f"{path}: expected rope type default or yarn, found {rope['rope_type']}")
+    if rope["rope_type"] == "yarn" and not rope.get("factor"):
+        raise InputError(f"{path}: expected a factor of YaRN, found {rope}")
     if config.get("use_sliding_window"):
         raise InputError(f"{path}: expected full attention, found use_sliding_window: true")
     return folder, config

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
                    load_config, load_for_training, load_tokenizer, open_folder, parse_config,
-                   print_table, save_folder, script, setup, training_plan, write_whole)
+                   print_table, read_config, save_folder, script, setup, training_plan, write_whole)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -88,7 +88,7 @@ CONFIG = dict(
 MAY_DIFFER = {"steps", "save_every", "eval_every", "keep", "max_hours", "plan", "wandb"}
 TRAINING_LIMITS = dict(seed=(0, 2 ** 63 - 1), steps=1, lr=0, warmup=0, save_every=1,
                        eval_every=1, keep=1, max_hours=0, max_bad_steps=1, clip=0,
-                       weight_decay=0, beta2=(0, 1),
+                       weight_decay=0, beta2=(0, 1 - 1e-6),
                        schedule=["cosine", "constant", "inverse_sqrt"],
                        recompute=["", "none", "all", "all_but_attention"],
                        save_dtype=["", "float32", "bfloat16", "float16"])
@@ -183,7 +183,7 @@ class Run:
         if not told.exists():
             raise InputError(f"{told}: expected what the run goes on from, found none; start "
                              f"another with model={checkpoint}")
-        return checkpoint, json.loads(told.read_text())
+        return checkpoint, read_config(told)
 
     def cut_log(self):
         """Drop rows logged after the checkpoint that the run goes on from."""
@@ -206,12 +206,7 @@ class Run:
         """Append a row to log.jsonl, with null for what is not finite."""
         if self.is_main:
             row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            try:
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise InputError(f"{self.folder}/log.jsonl: cannot be written: {error.strerror}"
-                                 ) from None
+            write_text(self.folder / "log.jsonl", json.dumps(row) + "\n", "a")
             if self.wandb:
                 self.wandb.log(row, step=row["step"])
 
@@ -319,6 +314,15 @@ def cause_of(error):
     return str(cause) or type(cause).__name__
 
 
+def write_text(path, text, mode="w"):
+    """Write or append; a disk that is full is one line."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def sync_folder(folder):
     """Bring a folder's files, then its entries, to the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -344,9 +348,11 @@ def draw_curves(folder, panels):
     points = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     panels = {title: known for title, keys in panels.items()
               if (known := {key: points(key) for key in keys if points(key)})}
+    if not panels:  # stopped before the first row, or nothing in it was finite
+        return
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False,
-                                figsize=(4 * columns, 2.8 * -(-len(panels) // columns)))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=(4 * columns, 2.8 * lines))
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     for axis, (title, curves) in zip(axes.flat, panels.items()):
@@ -358,7 +364,7 @@ def draw_curves(folder, panels):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[max(0, len(panels) - columns):len(panels)]:  # the lowest of each column
+    for axis in axes.flat[len(panels) - columns:len(panels)]:  # the lowest of each column
         axis.set_xlabel("step", fontsize=8)
     figure.tight_layout()
     figure.savefig(Path(folder) / "curves.png", dpi=110)
@@ -613,7 +619,7 @@ class Documents:
             size = (folder / "tokens.bin").stat().st_size
             if size != 4 * self.ends[-1]:
                 raise ValueError(f"{4 * self.ends[-1]} bytes of tokens, {size} found")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{folder}: expected what we wrote there: {error}; remove the folder"
                              ) from None
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
@@ -744,13 +750,13 @@ def next_token_loss(model, data, numbers, ranks, micro_rows, train):
 def main(argv):
     config = parse_config(CONFIG, argv, TRAINING_LIMITS | dict(
         seq_len=2, batch_rows=1, micro_rows=1, init=["folder", "random"]), json_keys={"data"})
+    ranks = None if config["plan"] else setup()
     if config["seq_len"] > (most := context_length(load_config(config["model"])[1])):
         raise InputError(f"seq_len={config['seq_len']}: expected at most the model's context of "
                          f"{most} tokens, max_position_embeddings in its config.json")
     if config["plan"]:
         return print_plan(config, config["batch_rows"] * config["seq_len"],
                           config["micro_rows"] * config["seq_len"], config["seq_len"])
-    ranks = setup()
     if config["batch_rows"] % ranks.world:
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "
                          f"{ranks.world} ranks")

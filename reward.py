@@ -45,13 +45,14 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from model import (SCORES, InputError, compute_dtype, context_length, flops_per_token, is_scorer,
-                   load_config, load_for_training, load_model, load_tokenizer, parse_config,
-                   script, setup)
+from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
+                   is_scorer, load_config, load_for_training, load_model, load_tokenizer,
+                   parse_config, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -62,11 +63,11 @@ CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a folder
                                  # with a score head, or the URL of a judge
     judge_model="",              # the judge's name there; its answers go to out/judge.jsonl
-    concurrency=16,              # questions under way at the judge
+    concurrency=16,              # questions under way at the judge, on each rank
     pairs="toy/pairs.jsonl.gz",  # rows {"prompt", "chosen", "rejected"} to train on
     val_pairs="",                # rows for the accuracies every eval_every steps
     responses="",                # rows to score instead: {"index", "response", "completion"}
-    prompts="",                  # prompt rows that give responses their length range
+    prompts="",                  # prompt rows that give responses their requests and ranges
     template="think",            # which tags a completion should have: think, direct or chat
     length_max=2.0,              # the length reward is 0 from this multiple of the upper end
     out="out/reward",            # the run's folder
@@ -307,7 +308,10 @@ def judged_tokens(tokenizer, texts, max_len):
     turn, and none within a text is: a control token that it spells is broken by a space."""
     turns = [[{"role": role, "content": text.replace("<|", "< |")}
               for role, text in zip(("user", "assistant"), pair)] for pair in texts]
-    rendered = [render_chat(tokenizer, turn, False).rstrip() for turn in turns]
+    try:
+        rendered = [render_chat(tokenizer, turn, False).rstrip() for turn in turns]
+    except ValueError as error:
+        raise InputError(f"{tokenizer.name_or_path}: {error}") from None
     found = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"] \
         if rendered else []  # on all cores
     return [(np.array(tokens if len(tokens) <= max_len else tokens[:max_len - 1] + tokens[-1:],
@@ -493,6 +497,7 @@ def read_reason(reply):
 # ---------------------------------------------------------------- judge: the calls
 
 MAX_CALLS = 8   # for one answer; the pauses between them add up to about a minute
+ALONE = Ranks(0, 1, torch.device("cpu"), dist.HashStore())  # a process with questions of its own
 
 
 def is_url(name):
@@ -508,7 +513,8 @@ def read_body(body):
         message, usage = choice["message"], made.get("usage") or {}
         return {"reply": clean(message["content"] or ""),
                 "thinking": clean(message.get("reasoning_content") or ""),
-                "model": str(made.get("model")), "finish": str(choice.get("finish_reason") or ""),
+                "model": str(made.get("model") or ""),
+                "finish": str(choice.get("finish_reason") or ""),
                 "tokens": [usage.get("prompt_tokens"), usage.get("completion_tokens")]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {"error": f"not a chat completion: {clean(body)[:60]!r}"}
@@ -516,10 +522,15 @@ def read_body(body):
 
 class Endpoint:
     """A model behind an OpenAI-compatible endpoint. sampling: only what it holds is sent; seconds:
-    for one answer, all tries together, of which a call may take a third."""
+    for one answer, all tries together, of which a call may take a third; ranks share the jobs."""
 
-    def __init__(self, url, model, sampling={}, concurrency=16, seconds=600, ranks=None):
-        self.is_local = urlparse(url).hostname in ("localhost", "127.0.0.1", "::1")
+    def __init__(self, url, model, sampling={}, concurrency=16, seconds=600, ranks=ALONE):
+        try:
+            place = urlparse(url)
+            self.is_local = place.hostname in ("localhost", "127.0.0.1", "::1")
+            place.port  # raises where it is no number
+        except ValueError as error:
+            raise InputError(f"{url}: expected an address: {error}") from None
         if not model:
             raise InputError(f"{url}: expected the name of a model there, found none")
         if not self.is_local and not os.environ.get("OPENAI_API_KEY"):
@@ -527,13 +538,13 @@ class Endpoint:
                              "do for a server that asks for none)")
         self.identity = {"url": url, "model": model, "sampling": sampling}
         self.url, self.model, self.sampling = url, model, sampling
-        self.concurrency, self.seconds = concurrency, seconds
-        self.rank, self.world = (ranks.rank, ranks.world) if ranks else (0, 1)
+        self.concurrency, self.seconds, self.ranks = concurrency, seconds, ranks
         self.has_answered, self.failed_in_row = False, 0
 
     def complete(self, texts, jobs, on_reply):
         """on_reply(place, row) for each (place in texts, attempt) of jobs, as replies come."""
-        asyncio.run(self.complete_all(texts, iter(jobs[self.rank::self.world]), on_reply))
+        mine = iter(jobs[self.ranks.rank::self.ranks.world])
+        asyncio.run(self.complete_all(texts, mine, on_reply))
 
     async def complete_all(self, texts, jobs, on_reply):
         import openai
@@ -593,45 +604,44 @@ class Cache:
     written too, with its error, and asked again by the next run."""
     calls = itertools.count()  # names the counters in the ranks' store
 
-    def __init__(self, source, path, ranks=None):
-        self.source, self.path, self.ranks, self.known = source, Path(path), ranks, None
+    def __init__(self, source, path):
+        self.source, self.path, self.ranks, self.known = source, Path(path), source.ranks, None
 
     def read(self):
         """{key: row} of the file, without failed calls; one rank reads, before any can write."""
         rows = []
-        if not self.ranks or self.ranks.rank == 0:
+        if self.ranks.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # append_rows waits
                 rows = read_done(self.path)
-        rows = self.ranks.gather(rows) if self.ranks else rows
-        return {row["key"]: row for row in rows if "error" not in row}
+        return {row["key"]: row for row in self.ranks.gather(rows) if "error" not in row}
 
     def key(self, text, attempt):
         told = json.dumps([self.source.identity, text, attempt], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def answer(self, texts, places, attempt=0, told="", labels=None):
-        """A row {"reply", "model", "finish", "tokens"} or {"error"} for each of places in texts;
-        equal texts are asked once. told: the name of a progress bar, which the first attempt
-        shows; labels are what the file says beside each text's answer."""
+        """A row {"reply", "thinking", "model", "finish", "tokens"} or {"error"} for each of places
+        in texts; equal texts are asked once. told: the name of a progress bar, which the first
+        attempt shows; labels are what the file says beside each text's answer."""
         self.known = self.read() if self.known is None else self.known
         keys = {place: self.key(texts[place], attempt) for place in places}
         jobs = {key: (place, attempt) for place, key in keys.items() if key not in self.known}
         new, total, counter = [], len(set(keys.values())), f"answers/{next(self.calls)}"
         progress = tqdm(total=total, initial=total - len(jobs), desc=told, unit="answer",
-                        disable=not told or attempt > 0 or bool(self.ranks and self.ranks.rank))
+                        disable=not told or attempt > 0 or self.ranks.rank > 0)
 
         def keep(place, row):
             label = labels[place] if labels else {}
             new.append({"key": keys[place], "attempt": attempt, **label, **row})
             append_rows(self.path, new[-1:])
-            there = self.ranks.store.add(counter, 1) if self.ranks else len(new)
-            progress.update(total - len(jobs) + there - progress.n)  # of all ranks
+            there = self.ranks.store.add(counter, 1)  # of all ranks
+            progress.update(total - len(jobs) + there - progress.n)
 
         if jobs:  # the same on all ranks
             self.source.complete(texts, list(jobs.values()), keep)
-        found = {row["key"]: row for row in (self.ranks.gather(new) if self.ranks else new)}
+        found = {row["key"]: row for row in self.ranks.gather(new)}
         progress.update(total - progress.n)
         progress.close()
         self.known |= {key: row for key, row in found.items() if "error" not in row}
@@ -654,8 +664,8 @@ class Verdict(NamedTuple):
 class Judge:
     """A model that is asked for verdicts; `verdicts` are those of the last scores."""
 
-    def __init__(self, source, path, ranks=None):
-        self.cache, self.verdicts = Cache(source, path, ranks), []
+    def __init__(self, source, path):
+        self.cache, self.verdicts = Cache(source, path), []
 
     def ask(self, questions, **options):
         """A Verdict for each (text, fields); a reply without one gives way to a fresh one, up to
@@ -992,8 +1002,9 @@ def print_components(config):
     path, writing, ranks = Path(config["out"]) / "page.html", None, setup()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
-        raise InputError(f"out={config['out']}: cannot be made: {error.strerror}") from None
+        raise InputError(f"out={config['out']}: cannot be written: {error.strerror}") from None
     rows = load_rows(config["responses"], response_row)
     told = lambda row: {key: value for key, value in row.items() if value is not None}
     known = {str(row["id"]): told(row)

@@ -173,9 +173,9 @@ def prompt_row(row, number, columns):
     return {"id": identity, "prompt": prompt, "length": length}
 
 
-def load_prompts(path, columns=None, needs_length=False):
+def load_prompts(path, columns={}, needs_length=False):
     """Prompt rows of a file; each id is there once."""
-    seen, columns = set(), columns or {}
+    seen = set()
     for key, name in columns.items():
         if key not in ("id", "prompt", "length") or not isinstance(name, str):
             raise InputError(f"columns: expected names for id, prompt or length, "
@@ -343,7 +343,7 @@ class Stops:
 # ---------------------------------------------------------------- noise and sampling
 
 def noise_key(*identity):
-    """Two int32 from (seed, step, prompt, sample); a prompt may be a number or a text."""
+    """Two int32 from (seed, step, prompt, sample); a step may be a tuple of numbers."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return [int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])]
 

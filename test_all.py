@@ -382,10 +382,10 @@ def test_recomputing_changes_no_gradient(recompute, attention, mlp, tmp_path):
                       {"attention": 6 * attention, "silu": 2 * mlp}]
 
 
-@pytest.mark.parametrize("recompute, layers, ffn", [  # deep and narrow: what each block keeps shows
-    ("none", 4, 352), ("all", 8, 64), ("all_but_attention", 8, 64)])
-@pytest.mark.parametrize("length", [100, 2000])  # weights count most, activations count most
-def test_the_plan_is_the_peak(length, recompute, layers, ffn, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recompute, layers, ffn, length", [
+    ("none", 4, 352, 100), ("none", 4, 352, 2000),  # weights count most, activations count most
+    ("all", 8, 64, 2000), ("all_but_attention", 8, 64, 2000)])  # narrow: what blocks keep shows
+def test_the_plan_is_the_peak(recompute, layers, ffn, length, tmp_path, monkeypatch):
     """A plan that fits where the run does not, or that asks for twice the GPUs."""
     make_model(tmp_path, hidden_size=128, intermediate_size=ffn, num_hidden_layers=layers)
     monkeypatch.setattr(network, "HEAD_LOGITS", 2 ** 14)  # so that chunks are as small as at size
@@ -1655,6 +1655,9 @@ def test_a_pad_token_that_ends_texts_is_refused(policy, tmp_path, capsys):
     pairs = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}])
     arguments = [f"model={folder}", f"pairs={pairs}", f"out={tmp_path / 'run'}"]
     check_error(reward.main, arguments, "'<|im_end|>'", capsys)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {
+        "chat_template": "{% bad"}))
+    check_error(reward.main, arguments, "chat template says", capsys)
     pairs.write_text('{"prompt": "", "chosen": "\\ud800", "rejected": "b"}\n')
     check_error(reward.main, [f"model={policy}", *arguments[1:]], "pairs.jsonl:1", capsys)
 
@@ -1769,7 +1772,7 @@ def test_few_long_documents_are_tokenised_together():
 def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     """A null, a broken byte or a cut line that stops a run of a week, or passes in silence."""
     good = [json.dumps({"text": f"row {n}"}).encode() for n in range(400)]
-    good[7] = json.dumps({"text": "<|endoftext|>" * 800_000}).encode()
+    good[7] = json.dumps({"text": "<|endoftext|>" * 400_000}).encode()  # more than a chunk
     good[8] = b'{"text": ""}'  # a document of one token, the end
     bad = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "cut', b'{"text": "\\ud800"}']
     path = tmp_path / "t.jsonl"
@@ -1933,6 +1936,8 @@ def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_ru
     state, = (run / "checkpoint-000006" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
     check_error(pretrain.main, arguments + ["steps=8"], "state: cannot be read: EOFError", capsys)
+    (run / "checkpoint-000006" / "state" / "run.json").write_text('{"st')
+    check_error(pretrain.main, arguments, "state/run.json: expected JSON", capsys)
     shutil.rmtree(run / "checkpoint-000006" / "state")
     check_error(pretrain.main, arguments, "state/run.json: expected what the run goes on from",
                 capsys)
@@ -2007,6 +2012,12 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
         pretrain.Run.log(run, {"step": 1})
 
 
+def test_a_run_without_rows_has_no_picture(tmp_path):
+    """SIGTERM in the first evaluation, or a loss that never was finite, and a traceback."""
+    draw_curves(tmp_path, grpo.PANELS)
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch,
                                                              capsys):
     """Curves in pieces, or rows that never reach them; a traceback where nobody has logged in."""
@@ -2074,17 +2085,6 @@ def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp
         run_on_ranks(world, run_main, pretrain.main,
                      pretraining + [f"out={tmp_path}", f"steps={steps}"])
     check_same_run(tmp_path, whole_tokens)
-
-
-def test_grpo_goes_on_on_another_number_of_ranks(training, whole_run, tmp_path):
-    """A rollout whose completions depend on how many ranks share the work."""
-    for world, steps in ((2, 2), (4, 4)):
-        run_on_ranks(world, run_main, grpo.main, training + [f"out={tmp_path}", f"steps={steps}"])
-    found, expected = read_log(tmp_path), read_log(whole_run)
-    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
-    for key in ("reward/length", "reward/format", "tokens", "words"):
-        assert [row[key] for row in found[1:]] == [row[key] for row in expected[1:]]
-    assert_close(weights_of(tmp_path), weights_of(whole_run), atol=1e-4, rtol=1e-3)
 
 
 def start_two(function, folder, *arguments, **places):
@@ -2561,16 +2561,14 @@ def test_packs_hold_all_within_their_tokens_at_like_costs():
     texts, or that meet in different numbers of collectives; empty packs because texts are longer
     than a pack."""
     rng = random.Random(0)
-    for sizes in ([rng.randrange(1, 2000) for _ in range(200)], [5], [], [3000, 10, 10],
-                  [20_000] * 5):
+    for sizes in ([5], [], [3000, 10, 10], [20_000] * 5,
+                  [rng.randrange(1, 2000) for _ in range(200)]):
         costs = [size * (1 + size / 500) for size in sizes]
         packs = pretrain.make_packs(sizes, costs, 4, 2500)
         assert sorted(sum(packs, [])) == list(range(len(sizes))) and len(packs) % 4 == 0
         assert all(sum(sizes[p] for p in pack) <= 2500 or len(pack) == 1 for pack in packs)
         assert packs.count([]) < 4 or not sizes
-    packs = pretrain.make_packs(sizes := [rng.randrange(1, 2000) for _ in range(200)],
-                            costs := [size * (1 + size / 500) for size in sizes], 4, 2500)
-    loads = np.array([sum(costs[p] for p in pack) for pack in packs]).reshape(-1, 4)
+    loads = np.array([sum(costs[p] for p in pack) for pack in packs]).reshape(-1, 4)  # the last's
     wall = loads.max(1).sum()  # a micro-batch is over when its slowest rank is
     assert wall < 1.1 * sum(costs) / 4
 
@@ -2748,6 +2746,19 @@ def test_two_ranks_sample_what_they_train(run_of_two, whole_run):
     assert all(abs(row["ratio/mean"] - 1) < 1e-4 and row["ratio/outside"] == 0 for row in log[1:])
     for key in ("reward/length", "tokens", "grad_norm"):
         assert log[1][key] == pytest.approx(alone[1][key], rel=1e-3)
+
+
+@pytest.mark.parametrize("run_of_two", [1], indirect=True)
+def test_grpo_goes_on_on_another_number_of_ranks(run_of_two, training, whole_run, tmp_path):
+    """A rollout whose completions depend on how many ranks share the work."""
+    out = shutil.copytree(run_of_two, tmp_path / "run", symlinks=True)
+    edit_config(out, out=str(out))
+    run_on_ranks(4, run_main, grpo.main, training + [f"out={out}", "steps=4"])
+    found, expected = read_log(out), read_log(whole_run)
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    for key in ("reward/length", "reward/format", "tokens", "words"):
+        assert [row[key] for row in found[1:]] == [row[key] for row in expected[1:]]
+    assert_close(weights_of(out), weights_of(whole_run), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("run_of_two", [1], indirect=True)
@@ -3024,7 +3035,8 @@ def test_responses_join_their_prompts(judge_url, tmp_path, capsys):
     assert [line[2] for line in said[1:4]] == ["1.000", "1.000", "nan"]
     assert [line[4] for line in said[1:4]] == ["9.000", "9.000", "2.000"]
     assert " ".join(said[5]).startswith("1 of 3 texts were read without a prompt")
-    for arguments, words in (([f"out={rows}/out"], "out="), (["responses=", "pairs="], "pairs:")):
+    for arguments, words in (([f"out={rows}/out"], "out="), (["out=/proc"], "out=/proc"),
+                             (["responses=", "pairs="], "pairs:")):
         check_error(reward.main, [f"responses={rows}", "pairs=", *arguments], words, capsys)
     row = {"index": 0, "response": "a", "completion": 5}
     with pytest.raises(ValueError, match="expected a text under completion, found 5"):
@@ -3084,6 +3096,8 @@ def test_rows_of_every_form_are_read(tmp_path):
         assert evaluate.asked_words(prompt) == asked
     with pytest.raises(ValueError, match="at least 1 word"):
         evaluate.longbench_item({"prompt": "p", "length": 0}, 0)
+    with pytest.raises(UnicodeEncodeError):  # a ValueError
+        evaluate.longbench_item({"prompt": "\ud800", "length": 1}, 0)
     for length in ("500", [9, 3], [1]):
         with pytest.raises(ValueError, match="expected length"):
             reward.response_row({"index": 0, "response": "", "length": length}, 0)
@@ -3417,6 +3431,8 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (grpo, "columns={a", "columns={a: expected a JSON dict"), (grpo, "columns=[1]", "a JSON dict"),
     (grpo, 'weights={"style": 1}', "for some of length, format, writing"),
     (grpo, 'weights={"length": 0}', "not all 0"),
+    (grpo, 'weights={"length": Infinity}', "for some of length, format, writing"),
+    (grpo, "beta2=1", "beta2=1.0: expected 0 to 0.999999"),
     (grpo, "slots=0", "slots=0: expected at least 1 without a GPU"),
     (grpo, "sample_tp=2", "sample_tp=2: expected a divisor of the 1 ranks"),
     (grpo, "steps", "steps=value"), (grpo, "steps=0", "steps=0: expected at least 1"),
@@ -3440,6 +3456,9 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (evaluate, "responses=nowhere.jsonl", "nowhere.jsonl: no such file"),
     (evaluate, "judge=nowhere", "bench=health asks none"),
     (evaluate, "anchor=nobody", "anchor=nobody: expected one of"),
+    (evaluate, 'subsets={"R3": "rows.jsonl"}', "only bench=writingbench has them"),
+    (evaluate, 'model={"a": "http://localhost:port/v1"}', "expected an address"),
+    (evaluate, "model=toy/reward", "toy/reward: expected a language model"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
     (sample, "model=/nowhere", "/nowhere"), (sample, "prompts=nowhere.jsonl", "nowhere.jsonl"),
     (sample, "max_tokens=0", "max_tokens"), (sample, "temperature=-1", "temperature"),
