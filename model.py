@@ -449,11 +449,13 @@ def attention(q, k, v, span):
 
 if triton:
     @triton.jit
-    def decode_kernel(q, k, v, lengths, parts, masses, scale, row_stride, key_stride,
-                      head_stride, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                      KEYS: tl.constexpr):
+    def decode_kernel(q, k, v, lengths, parts, masses, cap, GROUP: tl.constexpr,
+                      HEADS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr):
         """One sequence, one key head with its GROUP queries (of HEADS places), one part of the
-        keys: softmax over them as they come, and the logarithm of its sum."""
+        keys: softmax over them as they come, and the logarithm of its sum.
+
+        Of the arguments only what must change does: torch.compile makes float64 of a float, and
+        loads two bytes at a time along a stride that it cannot prove to be even."""
         row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         num_heads, splits = tl.num_programs(1), tl.num_programs(2)
         length = tl.load(lengths + row)
@@ -463,15 +465,15 @@ if triton:
         is_head = heads < GROUP
         query = tl.load(q + ((row * num_heads + head) * GROUP + heads)[:, None] * D + dims,
                         mask=is_head[:, None], other=0.0)
-        start = row * row_stride + head * head_stride
+        start = (row * num_heads + head) * cap
         best = tl.full([HEADS], -float("inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         mean = tl.zeros([HEADS, D], tl.float32)
         for first in range(part * chunk, end, KEYS):
             is_key = first + places < end
-            at = start + (first + places)[:, None] * key_stride + dims
+            at = (start + first + places)[:, None] * D + dims
             key = tl.load(k + at, mask=is_key[:, None], other=0.0)
-            scores = tl.where(is_key, tl.dot(query, tl.trans(key)) * scale, -float("inf"))
+            scores = tl.where(is_key, tl.dot(query, tl.trans(key)) * D ** -0.5, -float("inf"))
             top = tl.maximum(best, tl.max(scores, 1))
             weights, fade = tl.exp(scores - top[:, None]), tl.exp(best - top)
             value = tl.load(v + at, mask=is_key[:, None], other=0.0)
@@ -497,14 +499,15 @@ def triton_decode(q, k, v, lengths):
     """Decode attention that reads each key and value once for all heads of its group, and splits
     long caches among programs (FlashDecoding, https://pytorch.org/blog/flash-decoding).
 
-    q (S, H, D), k and v (S, keys, K, D), lengths (S,) -> (S, H, D)."""
+    q (S, H, D), k and v (S, keys, K, D) as they lie in a cache (S, K, cap, D), lengths (S,) ->
+    (S, H, D)."""
     (S, H, D), (keys, K) = q.shape, k.shape[1:3]
     splits = max(1, min(keys // 256, PROGRAMS // (S * K)))
     parts = q.new_empty(S, K, splits, H // K, D, dtype=torch.float32)
     masses = parts.new_empty(parts.shape[:-1])
     decode_kernel[S, K, splits](
-        q.contiguous(), k, v, lengths, parts, masses, D ** -0.5, k.stride(0), k.stride(1),
-        k.stride(2), GROUP=H // K, HEADS=max(16, triton.next_power_of_2(H // K)), D=D, KEYS=64)
+        q.contiguous(), k, v, lengths, parts, masses, k.stride(0) // (K * D), GROUP=H // K,
+        HEADS=max(16, triton.next_power_of_2(H // K)), D=D, KEYS=64)
     weights = (masses - masses.logsumexp(2, keepdim=True)).exp()
     return (parts * weights[..., None]).sum(2).flatten(1, 2).to(q.dtype)
 
@@ -521,7 +524,7 @@ def flash_varlen(q, k, v, span):
     if flash_attn_varlen_func:
         return flash_attn_varlen_func(q, k, v, span.cu_seqlens, cu_keys, span.max_len, max_keys,
                                       causal=True)
-    if not GROUPED:  # torch 2.11 has no grouped queries there, so keys are repeated
+    if not GROUPED:  # torch 2.11 promises no grouped queries there, so keys are repeated
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return varlen_attn(q, k, v, span.cu_seqlens, cu_keys, span.max_len, max_keys,

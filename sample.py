@@ -454,9 +454,8 @@ class Cache:
         (S, 1, 1, reach) that leaves the others out."""
         slot = self.at[sequence]
         positions = self.lengths[slot].long() + offsets
-        K = self.k[0].shape[1]
-        row = slot[:, None] * K + torch.arange(K, device=slot.device)
-        self.places = (row * self.cap + positions[:, None]).flatten()  # (N K,) of slots K cap
+        heads = torch.arange(self.k[0].shape[1], device=slot.device)
+        self.places = slot[:, None], heads, positions[:, None]  # (N, K) of slots, K, cap
         if not self.rows:
             self.reach = self.past + len(positions)
             return positions, self.past, None, None
@@ -470,7 +469,7 @@ class Cache:
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
         for cached, new in (self.k[layer], k), (self.v[layer], v):
-            cached.flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 1))
+            cached[self.places] = new  # of a view torch.compile would copy the whole cache
 
     def read(self, layer):
         """Keys and values (S, reach, K, D) of a decode step's slots, or (reach, K, D) of the
