@@ -42,8 +42,8 @@ from model import (InputError, context_length, find_commit, is_scorer, join_shar
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
                     format_fault, is_url, join, marked, page, response_row, scatter, table, tag)
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
-                    count_words_longwriter, deal, find_answer, find_words, generate, has_han,
-                    load_prompts, load_rows)
+                    count_words_longwriter, deal, encode, find_answer, find_words, generate,
+                    has_han, load_prompts, load_rows)
 
 CONFIG = dict(
     bench="health",             # health, writingbench, arena_write or longbench_write
@@ -237,8 +237,7 @@ class Folder:
         context, to_come = context_length(model.config), self.options["max_tokens"]
         prompts, work = [[0]] * len(texts), []
         for number, (place, attempt) in enumerate(jobs):
-            tokens = tokenizer.encode(apply_template(tokenizer, self.template, texts[place]),
-                                      add_special_tokens=False)
+            tokens = encode(tokenizer, apply_template(tokenizer, self.template, texts[place]))
             if len(tokens) + to_come <= context:
                 prompts[place] = tokens
                 work.append((place, attempt))

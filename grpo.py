@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
                    count_parameters, flops_per_token, join_share, load_config, load_for_training,
-                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup)
+                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup, writing)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
-                      make_optimizer, make_packs, print_plan, write_text)
+                      make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
-from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode_prompts,
-                    find_answer, generate, has_han, load_prompts, read_done)
+from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode,
+                    encode_prompts, find_answer, generate, has_han, load_prompts, read_done)
 
 CONFIG = dict(
     model="toy/policy",            # folder or hub name to start from
@@ -86,7 +86,7 @@ DECODE_ROOM = 3 * 10 ** 9   # bytes beside the cache: activations, CUDA graphs
 LOGITS_COPIES = 8           # of a slot's fp32 logits, four of a step's and four of a graph's
 PLAN_MEMORY = 80 * 10 ** 9  # of an H100
 PLAN_BANDWIDTH = 0.8 * 3.0e12  # bytes a second: the part that we aim at of what an H100 copies
-ALARM_STEPS = 5     # steps in a row that most samples are cut, or most groups teach nothing
+ALARM_STEPS = 5     # in a row, of which most samples teach nothing
 PANELS = {f"{name} reward": [f"reward/{name}", f"eval/{name}"] for name in COMPONENTS} | {
     "asked against written (rank correlation)": ["eval/spearman"],
     "words": ["words"], "cut and repeated": ["truncated", "repetition"]}
@@ -101,7 +101,7 @@ def drop_unreachable(rows, tokenizer, max_tokens):
     is_chinese = lambda row: has_han(row["prompt"])
     tokens, words = Counter(), Counter()
     for row in rows:
-        tokens[is_chinese(row)] += len(tokenizer.encode(row["prompt"], add_special_tokens=False))
+        tokens[is_chinese(row)] += len(encode(tokenizer, row["prompt"]))
         words[is_chinese(row)] += count_words(row["prompt"])
     per_word = lambda row: tokens[is_chinese(row)] / max(1, words[is_chinese(row)])
     fits = lambda row: row["length"][1] > 0 and row["length"][0] * per_word(row) <= max_tokens
@@ -329,7 +329,9 @@ def save_samples(folder, step, completions, scored, rows):
               "rewards": {key: None if math.isnan(rewards[key]) else rewards[key]
                           for key in (*COMPONENTS, "repetition", "words")}}
              for c, rewards in zip(completions, scored)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with writing(path):
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                        encoding="utf-8")
 
 
 def write_rollouts(path, step, scored):
@@ -339,7 +341,8 @@ def write_rollouts(path, step, scored):
         known = sorted((r for r in scored if not math.isnan(r[name])), key=lambda r: r[name])
         for kind, chosen in (("best", known[-1:]), ("worst", known[:1])):
             blocks += [text_block(f"{name}, {kind}:", rewards) for rewards in chosen]
-    write_text(path, page(f"Rollouts of step {step}", *blocks))
+    with writing(path):
+        path.write_text(page(f"Rollouts of step {step}", *blocks), encoding="utf-8")
 
 
 def show_result(folder, column=48):
@@ -563,6 +566,8 @@ class Trainer:
         dead = (advantages == 0).all(1).float().mean().item()
         self.run.state["alarm"] = self.run.count_bad(row, {
             "most samples are truncated": (row["truncated"] > 0.5, ALARM_STEPS),
+            "most texts have no score for writing": (
+                rewards["writing"].isnan().float().mean() > 0.5, ALARM_STEPS),
             "most groups have equal rewards": (dead > 0.5, ALARM_STEPS)})
         return row
 
@@ -648,7 +653,8 @@ def main(argv):
     alarm = run.state.get("alarm")
     run.finish(PANELS, alarm and f"{alarm}; best is {run.folder}/best")
     if run.is_main and (step < config["steps"] or "unlogged" in run.state):
-        print(f"stopped after step {step}, saved in {run.folder}; the same command goes on")
+        saved = f"saved in {run.folder}" if step else "with nothing to save yet"
+        print(f"stopped after step {step}, {saved}; the same command goes on")
     elif run.is_main:
         show_result(run.folder)
         print(f"\nlearning curve: {run.folder}/curves.png, model: {run.folder}/latest")

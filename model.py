@@ -15,6 +15,7 @@ cu_seqlens (S+1,), the running sum of the sequences' lengths, so nothing is ever
    FlashAttention, and for decoding a Triton kernel; on the CPU scaled_dot_product_attention, or
    plain products.
 """
+import contextlib
 import copy
 import functools
 import inspect
@@ -94,6 +95,12 @@ def script(main):
             if not dist.is_initialized() or is_first_to_fail():
                 raise
             sys.exit(1)  # most likely because of the one that has told
+        except KeyboardInterrupt:
+            if is_first_to_fail() and argv is None:
+                tqdm.write("stopped; what was written is kept", file=sys.stderr)
+            if argv is not None:  # called from Python
+                raise
+            sys.exit(130)  # 128 and the number of SIGINT
         except BaseException:  # an end that was asked for
             is_first_to_fail()
             raise
@@ -305,6 +312,15 @@ def read_config(path):
     return config
 
 
+@contextlib.contextmanager
+def writing(path):
+    """What is written to path within; a disk that is full is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def write_whole(path, text):
     """Write it aside and rename it: a kill leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
@@ -316,6 +332,8 @@ def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
     The same command may come again; another config is an error that names the key."""
     path = Path(config["out"]) / "config.json"
+    if not config["out"]:
+        raise InputError("out=: expected a folder, found none")
     if ranks.rank == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

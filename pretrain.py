@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
                    load_config, load_for_training, load_tokenizer, open_folder, parse_config,
-                   print_table, read_config, save_folder, script, setup, training_plan, write_whole)
+                   print_table, read_config, save_folder, script, setup, training_plan, write_whole,
+                   writing)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -141,7 +142,9 @@ class Run:
         self.is_main = ranks.rank == 0
         if config["wandb"] and not importlib.util.find_spec("wandb"):
             raise InputError("wandb=true needs: pip install wandb")
-        open_folder(config, ranks, MAY_DIFFER)
+        # where nothing was saved yet there is nothing to go on from: a smaller batch may be tried
+        open_folder(config, ranks, MAY_DIFFER if os.path.lexists(self.folder / "latest")
+                    else set(config))
         self.start, self.stop_asked = time.time(), False
         self.checkpoint, self.state = self.find_checkpoint()
         before = self.state.get("steps", config["steps"])
@@ -206,7 +209,8 @@ class Run:
         """Append a row to log.jsonl, with null for what is not finite."""
         if self.is_main:
             row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            write_text(self.folder / "log.jsonl", json.dumps(row) + "\n", "a")
+            with writing(path := self.folder / "log.jsonl"), open(path, "a") as file:
+                file.write(json.dumps(row) + "\n")
             if self.wandb:
                 self.wandb.log(row, step=row["step"])
 
@@ -312,15 +316,6 @@ def cause_of(error):
     failures = getattr(error, "failures", {})
     cause = next(iter(failures.values()))[0] if failures else error
     return str(cause) or type(cause).__name__
-
-
-def write_text(path, text, mode="w"):
-    """Write or append; a disk that is full is one line."""
-    try:
-        with open(path, mode, encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def sync_folder(folder):

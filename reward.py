@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
                    is_scorer, load_config, load_for_training, load_model, load_tokenizer,
-                   parse_config, script, setup)
+                   parse_config, print_once, script, setup)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -532,7 +532,7 @@ class Endpoint:
         except ValueError as error:
             raise InputError(f"{url}: expected an address: {error}") from None
         if not model:
-            raise InputError(f"{url}: expected the name of a model there, found none")
+            raise InputError(f"{url}: expected judge_model, the name of a model there, found none")
         if not self.is_local and not os.environ.get("OPENAI_API_KEY"):
             raise InputError(f"{url}: expected a key in OPENAI_API_KEY, found none (any text will "
                              "do for a server that asks for none)")
@@ -1014,6 +1014,8 @@ def print_components(config):
     if is_url(config["model"]) or is_scorer(load_config(config["model"])[1]):
         writing = open_writing(config["model"], ranks, config["judge_model"],
                                path.with_name("judge.jsonl"), config["concurrency"])
+    else:
+        print_once(f"model={config['model']} has no score head: writing is not scored")
     mine = slice(*(len(rows) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1)))
     scored = ranks.gather(score_responses(rows[mine], writing, config["template"],
                                           config["length_max"]))

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from model import (SHARE_SECONDS, WHOLE, InputError, context_length, die, has_decode_kernel,
                    head_size, join_share, load_for_sampling, open_folder, parse_config, print_once,
-                   script, setup, split_config)
+                   script, setup, split_config, writing)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -286,10 +286,16 @@ def apply_template(tokenizer, template, prompt):
     return texts[template].replace("{prompt}", prompt)
 
 
+def encode(tokenizer, text):
+    """A text's tokens and no others. How many a model reads stands in its config.json, and not
+    in the tokenizer's settings, of which transformers would warn."""
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
 def encode_prompts(tokenizer, template, rows, context, max_tokens):
     """Prompt tokens of each row; an error names the row that does not fit the context."""
-    prompts = [tokenizer.encode(apply_template(tokenizer, template, row["prompt"]),
-                                add_special_tokens=False) for row in rows]
+    prompts = [encode(tokenizer, apply_template(tokenizer, template, row["prompt"]))
+               for row in rows]
     for row, tokens in zip(rows, prompts):
         if len(tokens) + max_tokens > context:
             raise InputError(f"prompt {row['id']!r}: {len(tokens)} tokens and max_tokens="
@@ -795,7 +801,7 @@ def stream(model, tokenizer, stops, prompts, config):
 
 def append_rows(path, rows):
     """Append JSON lines; ranks take turns."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -857,6 +863,8 @@ def main(argv):
     rows = [{"id": "prompt", "prompt": config["prompt"]}]
     if config["prompts"]:
         rows = load_prompts(config["prompts"], config["columns"])
+    elif not config["prompt"].strip():
+        raise InputError("prompt=: expected a text, found none")
     model, tokenizer = load_for_sampling(config["model"], ranks,
                                          join_share(ranks, config["sample_tp"]))
     stops = Stops(tokenizer, STOP_STRINGS, model.num_tokens)

@@ -2008,8 +2008,31 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     """A disk that fills up between two checkpoints, and ends in a traceback."""
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     run = types.SimpleNamespace(folder=tmp_path, is_main=True, wandb=None)
-    with pytest.raises(InputError, match="log.jsonl: cannot be written: No space left"):
-        pretrain.Run.log(run, {"step": 1})
+    for write in (partial(pretrain.Run.log, run, {"step": 1}),
+                  partial(sample.append_rows, tmp_path / "log.jsonl", [{"index": 1}])):
+        with pytest.raises(InputError, match="log.jsonl: cannot be written: No space left"):
+            write()
+
+
+def test_a_run_that_saved_nothing_may_change(pretraining, tmp_path):
+    """Out of memory in the first step, and a smaller batch that is refused."""
+    pretrain.main(pretraining + [f"out={tmp_path}", "steps=1", "seq_len=9"])
+    (tmp_path / "latest").unlink()
+    pretrain.main(pretraining + [f"out={tmp_path}", "steps=1", "seq_len=8"])
+    assert [row["step"] for row in read_log(tmp_path)].count(1) == 1
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    """Thirty lines of traceback for an end that was asked for."""
+    def main(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    with pytest.raises(SystemExit, match="130"):
+        network.script(main)()
+    assert capsys.readouterr().err == "stopped; what was written is kept\n"
+    with pytest.raises(KeyboardInterrupt):
+        network.script(main)([])
 
 
 def test_a_run_without_rows_has_no_picture(tmp_path):
@@ -2811,6 +2834,15 @@ def test_most_samples_cut_raise_the_alarm(training, tmp_path):
     assert (tmp_path / "best").exists()
 
 
+def test_a_judge_without_scores_raises_the_alarm(judge_url, training, tmp_path, monkeypatch):
+    """A night of training on what is left of the rewards."""
+    JudgeServer.say = lambda prompt, number: "A fine text."
+    monkeypatch.setattr(grpo, "ALARM_STEPS", 2)
+    with pytest.raises(SystemExit, match="most texts have no score for writing, 2 steps in a row"):
+        grpo.main([*training, f"reward_model={judge_url}", "judge_model=judge", "steps=9",
+                   f"out={tmp_path}"])
+
+
 def test_rows_without_a_length_or_out_of_reach_are_named(policy, capsys):
     """Prompts that no completion can satisfy, which would only teach that nothing pays; Chinese
     requests dropped by what English words cost, or kept, when both are in one file."""
@@ -3038,6 +3070,8 @@ def test_responses_join_their_prompts(judge_url, tmp_path, capsys):
     for arguments, words in (([f"out={rows}/out"], "out="), (["out=/proc"], "out=/proc"),
                              (["responses=", "pairs="], "pairs:")):
         check_error(reward.main, [f"responses={rows}", "pairs=", *arguments], words, capsys)
+    reward.main([f"responses={rows}", f"out={tmp_path / 'out'}"])
+    assert "model=toy/policy has no score head: writing is not" in capsys.readouterr().out
     row = {"index": 0, "response": "a", "completion": 5}
     with pytest.raises(ValueError, match="expected a text under completion, found 5"):
         reward.response_row(row, 0)
@@ -3399,6 +3433,8 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     rows = lambda out, name="prompts": [*map(json.loads, open(out / f"{name}.jsonl"))]
     read = lambda out: [row["length"] for row in rows(out)]
 
+    check_error(annotate.main, ["data=nowhere.parquet", f"out={tmp_path / 'stated'}"],
+                "nowhere.parquet: no such file", capsys)  # and the folder is still free
     annotate.main(keys + [f"out={tmp_path / 'stated'}", "held_out=1"])
     assert read(tmp_path / "stated") == [[720, 880]] * 2
     kept = rows(tmp_path / "stated") + rows(tmp_path / "stated", "held_out")
@@ -3461,6 +3497,7 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (evaluate, "model=toy/reward", "toy/reward: expected a language model"),
     (sample, "template=thought", "template=thought: expected one of 'think', 'direct', 'chat'"),
     (sample, "model=/nowhere", "/nowhere"), (sample, "prompts=nowhere.jsonl", "nowhere.jsonl"),
+    (sample, "prompt= ", "prompt=: expected a text"), (grpo, "out=", "out=: expected a folder"),
     (sample, "max_tokens=0", "max_tokens"), (sample, "temperature=-1", "temperature"),
     (sample, "top_p=2", "top_p"), (sample, "top_p=0", "top_p")])
 def test_wrong_input_is_one_line_and_status_2(script, argument, words, training, policy, tmp_path,

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from model import InputError, open_folder, parse_config, script, setup, write_whole
+from model import InputError, open_folder, parse_config, script, setup, write_whole, writing
 from pretrain import find_files
 from reward import Endpoint, Judge, fence, fill
 from sample import HAN, checked_rows, find_words, prompt_row
@@ -301,7 +301,8 @@ def stated_lengths(rows, dropped):
 
 
 def write_rows(path, rows):
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with writing(path):
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @script
@@ -311,10 +312,10 @@ def main(argv):
     if not config["data"]:
         raise InputError("data: expected a file of conversations or prompts, found none")
     out, dropped, noted = Path(config["out"]), collections.Counter(), collections.Counter()
+    files = find_files(config["data"])
     open_folder(config, setup(), {"concurrency"})
     numbers = itertools.count()  # over all files
     check = lambda row, _: prompt_row(row, next(numbers), config["columns"])
-    files = find_files(config["data"])
     bar = tqdm(itertools.chain.from_iterable(checked_rows(file, check) for file in files),
                desc="reading", unit="prompt")
     rows = list(sift(bar, config, dropped))
