@@ -38,7 +38,8 @@ from typing import NamedTuple
 import numpy as np
 
 from model import (InputError, context_length, find_commit, is_scorer, join_share, load_config,
-                   load_for_sampling, open_folder, parse_config, print_once, script, setup)
+                   load_for_sampling, open_folder, parse_config, print_once, script, setup,
+                   write_text)
 from reward import (Cache, Endpoint, Judge, Verdict, bar, clean, fence, fill, find_copies,
                     format_fault, is_url, join, marked, page, response_row, scatter, table, tag)
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words,
@@ -286,7 +287,7 @@ def generate_texts(name, source, items, template, out, ranks):
                   "prompt": item.prompt, "length": item.length, "finish": text.finish}
                  for item, text in zip(items, texts) if not text.error]
         file = out / ("responses-" + re.sub(r"[^\w.-]", "_", name) + ".jsonl")
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     return texts
 
 
@@ -783,7 +784,7 @@ def write_report(path, results, items, texts, healths, judged):
     parts += [*health_parts(models, items, healths), tag("h2", "Texts")]
     found = found_by_sample(judged)
     parts += [sample_block(place, item, texts, healths, found) for place, item in enumerate(items)]
-    path.write_text(page(TITLES[bench], *parts), encoding="utf-8")
+    write_text(path, page(TITLES[bench], *parts))
 
 
 # ---------------------------------------------------------------- main
@@ -919,7 +920,7 @@ def main(argv):
     found = score_models(bench, items, texts, models, healths, judged, subsets, anchor)
     results, unscored = summarise_run(config, items, texts, models, found, judged, template)
     if ranks.rank == 0:
-        (out / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_text(out / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         write_report(out / "report.html", results, items, texts, healths, judged)
         for key in ["health"] if bench == "health" else ["scores", "health"]:
             print_scores(results["models"], key)

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
                    count_parameters, flops_per_token, join_share, load_config, load_for_training,
-                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup, writing)
+                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup,
+                   write_text)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
                       make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
@@ -329,9 +330,7 @@ def save_samples(folder, step, completions, scored, rows):
               "rewards": {key: None if math.isnan(rewards[key]) else rewards[key]
                           for key in (*COMPONENTS, "repetition", "words")}}
              for c, rewards in zip(completions, scored)]
-    with writing(path):
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
-                        encoding="utf-8")
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_rollouts(path, step, scored):
@@ -341,8 +340,7 @@ def write_rollouts(path, step, scored):
         known = sorted((r for r in scored if not math.isnan(r[name])), key=lambda r: r[name])
         for kind, chosen in (("best", known[-1:]), ("worst", known[:1])):
             blocks += [text_block(f"{name}, {kind}:", rewards) for rewards in chosen]
-    with writing(path):
-        path.write_text(page(f"Rollouts of step {step}", *blocks), encoding="utf-8")
+    write_text(path, page(f"Rollouts of step {step}", *blocks))
 
 
 def show_result(folder, column=48):

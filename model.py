@@ -328,6 +328,12 @@ def write_whole(path, text):
     os.replace(temporary, path)
 
 
+def write_text(path, text):
+    """As write_whole; a disk that is full is one line."""
+    with writing(path):
+        write_whole(path, text)
+
+
 def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
     The same command may come again; another config is an error that names the key."""

@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
                    load_config, load_for_training, load_tokenizer, open_folder, parse_config,
-                   print_table, read_config, save_folder, script, setup, training_plan, write_whole,
-                   writing)
+                   print_table, read_config, save_folder, script, setup, training_plan, write_text,
+                   write_whole, writing)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -193,7 +193,7 @@ class Run:
         path = self.folder / "log.jsonl"
         logged = self.step if self.checkpoint and "unlogged" not in self.state else self.step - 1
         rows = [row for row in read_done(path) if row["step"] <= logged]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def ask_to_stop(self, number, frame):
         if self.stop_asked and number == signal.SIGINT:

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
                    is_scorer, load_config, load_for_training, load_model, load_tokenizer,
-                   parse_config, print_once, script, setup)
+                   parse_config, print_once, script, setup, write_text)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -1027,10 +1027,9 @@ def print_components(config):
     for name, part in zip([row["index"] for row in rows] + ["mean"], values + [means]):
         print(f"{name!s:<12}{part[0]:>12.0f}" + "".join(f"{value:>12.3f}" for value in part[1:]))
     blocks = [text_block(row["index"], rewards) for row, rewards in zip(rows, scored)]
-    path.write_text(page("Texts and their rewards", tag(
+    write_text(path, page("Texts and their rewards", tag(
         "p", f"{len(rows)} texts, what they copy from themselves highlighted.", class_="soft"),
-        table(["", *COLUMNS], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks),
-        encoding="utf-8")
+        table(["", *COLUMNS], [["mean", f"{means[0]:,.0f}", *map(shown, means[1:])]]), *blocks))
     alone = sum(not row["prompt"] for row in rows)
     if writing and alone:
         print(f"{alone} of {len(rows)} texts were read without a prompt: none in their rows, nor "

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from model import InputError, open_folder, parse_config, script, setup, write_whole, writing
+from model import InputError, open_folder, parse_config, script, setup, write_text
 from pretrain import find_files
 from reward import Endpoint, Judge, fence, fill
 from sample import HAN, checked_rows, find_words, prompt_row
@@ -301,8 +301,7 @@ def stated_lengths(rows, dropped):
 
 
 def write_rows(path, rows):
-    with writing(path):
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @script
@@ -337,7 +336,7 @@ def main(argv):
     summary = {"rows": bar.n, "kept": len(rows), "held out of these": len(held),
                "kept in Chinese": sum(language(row["prompt"]) == "zh" for row in rows),
                "dropped": dict(dropped), "stated lengths against the judge's": dict(noted)}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(f"{bar.n:>8,} rows of {config['data']}")
     for reason, count in dropped.most_common():
         print(f"{count:>8,} dropped: {reason}")
