@@ -156,8 +156,9 @@ def prompt_row(row, number, columns):
             prompt = next((turn.get("content") for turn in turns
                            if isinstance(turn, dict) and turn.get("role") == "user"), None)
     if not isinstance(prompt, str) or not prompt.strip():
+        found = f"columns {sorted(row)}" if prompt is None else repr(prompt)
         raise ValueError(f"expected a text under {columns.get('prompt', 'prompt')!r}, "
-                         f"found columns {sorted(row)}")
+                         f"found {found:.200}")
     length = get("length")
     if length is not None:
         if not (isinstance(length, list) and len(length) == 2

@@ -959,7 +959,7 @@ def test_rows_come_from_every_kind_of_file(tmp_path):
 
 @pytest.mark.parametrize("bad, words", [
     ("{", "JSON object"), ("[1]", "JSON object"), ({"text": "x"}, "'prompt'"),
-    ({"prompt": " "}, "'prompt'"), ({"prompt": 3}, "'prompt'"),
+    ({"prompt": " "}, "under 'prompt', found ' '"), ({"prompt": 3}, "'prompt', found 3"),
     ({"prompt": "x", "length": [9, 5]}, "lo <= hi"), ({"prompt": "x", "length": 9}, "[lo, hi]"),
     ({"messages": [{"from": "human"}]}, "'prompt'"), ({"messages": "x"}, "'prompt'"),
     ({"prompt": "x", "id": 0}, "new id")])
