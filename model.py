@@ -313,12 +313,12 @@ def read_config(path):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """What is written to path within; a disk that is full is one line."""
+def writes_to(place):
+    """Within, a place (a path, or a key with its value) that cannot be written is one line."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{place}: cannot be written: {error.strerror}") from None
 
 
 def write_whole(path, text):
@@ -330,7 +330,7 @@ def write_whole(path, text):
 
 def write_text(path, text):
     """As write_whole; a disk that is full is one line."""
-    with writing(path):
+    with writes_to(path):
         write_whole(path, text)
 
 
@@ -341,7 +341,7 @@ def open_folder(config, ranks, may_differ=()):
     if not config["out"]:
         raise InputError("out=: expected a folder, found none")
     if ranks.rank == 0:
-        try:
+        with writes_to(f"out={config['out']}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not config["resume"]:
                 raise InputError(f"{path.parent}: expected a new folder with resume=false, "
@@ -355,9 +355,6 @@ def open_folder(config, ranks, may_differ=()):
                                  "another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
             write_whole(path, json.dumps(run, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"out={config['out']}: cannot be written: "
-                             f"{error.strerror}") from None
     ranks.any(False)
 
 
@@ -791,7 +788,8 @@ class Qwen2(nn.Module):
         positions = torch.arange(N, device=tokens.device) - cu_seqlens[sequence]
         past, lengths, mask = 0, None, None
         if cache is not None:
-            positions, past, lengths, mask = cache.begin(sequence, positions)
+            positions, lengths, mask = cache.begin(sequence, positions)
+            past = cache.past
         angles = positions[:, None, None].float() * self.frequencies
         x = self.model.embed_tokens(tokens)  # (N, C)
         needs_sizes = lengths is None and not (x.is_cuda and x.dtype != torch.float32)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
                    load_config, load_for_training, load_tokenizer, open_folder, parse_config,
                    print_table, read_config, save_folder, script, setup, training_plan, write_text,
-                   write_whole, writing)
+                   write_whole, writes_to)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -209,7 +209,7 @@ class Run:
         """Append a row to log.jsonl, with null for what is not finite."""
         if self.is_main:
             row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-            with writing(path := self.folder / "log.jsonl"), open(path, "a") as file:
+            with writes_to(path := self.folder / "log.jsonl"), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.wandb:
                 self.wandb.log(row, step=row["step"])
@@ -342,7 +342,7 @@ def draw_curves(folder, panels):
     rows = read_done(Path(folder) / "log.jsonl")
     points = lambda key: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     panels = {title: known for title, keys in panels.items()
-              if (known := {key: points(key) for key in keys if points(key)})}
+              if (known := {key: found for key in keys if (found := points(key))})}
     if not panels:  # stopped before the first row, or nothing in it was finite
         return
     columns = min(3, len(panels))

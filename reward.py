@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
                    is_scorer, load_config, load_for_training, load_model, load_tokenizer,
-                   parse_config, print_once, script, setup, write_text)
+                   parse_config, print_once, script, setup, write_text, writes_to)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -1000,11 +1000,9 @@ def text_block(name, rewards):
 def print_components(config):
     """Every component of every response, as a table and as a page."""
     path, writing, ranks = Path(config["out"]) / "page.html", None, setup()
-    try:
+    with writes_to(f"out={config['out']}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    except OSError as error:
-        raise InputError(f"out={config['out']}: cannot be written: {error.strerror}") from None
     rows = load_rows(config["responses"], response_row)
     told = lambda row: {key: value for key, value in row.items() if value is not None}
     known = {str(row["id"]): told(row)

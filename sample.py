@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from model import (SHARE_SECONDS, WHOLE, InputError, context_length, die, has_decode_kernel,
                    head_size, join_share, load_for_sampling, open_folder, parse_config, print_once,
-                   script, setup, split_config, writing)
+                   script, setup, split_config, writes_to)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -442,36 +442,35 @@ class Cache:
         # what a kernel may reach changes with the longest sequence, but seldom on CUDA: few graphs
         self.grain = 16 if not weight.is_cuda else -(-cap // 8) if self.needs_mask else cap
 
-    def use_for_prefill(self, slots, past=0):
-        """The next forward pass reads prompts into these slots; with a past, one goes on after
-        so many tokens."""
+    def use_for_prefill(self, slots, past):
+        """The next forward pass reads prompts into these slots; with a past above 0, one goes on
+        after so many tokens."""
         self.at = torch.tensor(slots, device=self.lengths.device)
         self.slot, self.rows, self.past, self.lengths[self.at] = slots[0], 0, past, past
 
     def use_for_decode(self, rows, reach):
         """The next ones add a token to each of the first slots, which hold less than reach."""
-        self.at, self.rows = self.slots[:rows], rows
+        self.at, self.rows, self.past = self.slots[:rows], rows, 0
         self.reach = min(-(-reach // self.grain) * self.grain, self.cap)
 
     def begin(self, sequence, offsets):
         """Start a forward pass over tokens `offsets` past what their sequence's slot holds.
 
-        Returns their positions (N,); the past of a prompt's next chunk, else 0; and for a decode
-        step the number of keys (S,) to read and, where no kernel reads that, the mask
-        (S, 1, 1, reach) that leaves the others out."""
+        Returns their positions (N,), and for a decode step the number of keys (S,) to read and,
+        where no kernel reads that, the mask (S, 1, 1, reach) that leaves the others out."""
         slot = self.at[sequence]
         positions = self.lengths[slot].long() + offsets
         heads = torch.arange(self.k[0].shape[1], device=slot.device)
         self.places = slot[:, None], heads, positions[:, None]  # (N, K) of slots, K, cap
         if not self.rows:
             self.reach = self.past + len(positions)
-            return positions, self.past, None, None
+            return positions, None, None
         lengths = self.lengths[:self.rows] + 1
         if not self.needs_mask:
-            return positions, 0, lengths, None
+            return positions, lengths, None
         is_past = torch.arange(self.reach, device=lengths.device) < lengths[:, None]
         mask = torch.zeros(is_past.shape, dtype=self.k[0].dtype, device=lengths.device)
-        return positions, 0, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
+        return positions, lengths, mask.masked_fill_(~is_past, -torch.inf)[:, None, None]
 
     def write(self, layer, k, v):
         """Store this call's keys and values (N, K, D)."""
@@ -802,7 +801,7 @@ def stream(model, tokenizer, stops, prompts, config):
 
 def append_rows(path, rows):
     """Append JSON lines; ranks take turns."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with writes_to(path), open(path, "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
