@@ -245,7 +245,7 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
     packs = make_packs(sizes, sizes * flops_per_token(model.config, sizes), ranks.world,
                        micro_tokens)
     found = [(torch.zeros(0, device=ranks.device),) * 3]  # a rank may have no tokens
-    fill = micro_tokens if ranks.device.type == "cuda" else 0  # one shape: nothing recompiles
+    fill = micro_tokens if ranks.is_cuda else 0  # one shape: nothing recompiles
     for pack in packs[ranks.rank::ranks.world]:
         tokens, cu_seqlens, targets, per_token = pack_tensors(
             [sequences[place] for place in pack], ranks.device, fill)
@@ -412,10 +412,10 @@ class Trainer:
         share = join_share(ranks, config["sample_tp"])
         if ranks.shards:  # a copy of its own, which bring_weights fills
             self.sampler = build_model(self.model.config, ranks.device,
-                                       compute_dtype(ranks.device), share=share)
+                                       compute_dtype(ranks), share=share)
             self.sampler.num_tokens = self.model.num_tokens
         longest = max(map(len, self.prompts + self.eval_prompts))
-        memory = torch.cuda.mem_get_info()[1] if ranks.device.type == "cuda" else 0
+        memory = torch.cuda.mem_get_info()[1] if ranks.is_cuda else 0
         self.slots = min(ranks.gather([plan_sampling(config, ranks.world, memory, longest)[2]]))
         self.sync = {}  # what the last bringing of weights took
         self.rollouts, self.shown = 0, 0.0  # names in the store are used once; when shown last
@@ -449,13 +449,13 @@ class Trainer:
         if self.sampler is self.model:
             return
         self.ranks.any(False)
-        is_cuda, start = self.ranks.device.type == "cuda", time.perf_counter()
-        if is_cuda:
+        start = time.perf_counter()
+        if self.ranks.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
         copy_weights(self.model, self.sampler)
-        if is_cuda:
+        if self.ranks.is_cuda:
             torch.cuda.synchronize()
             self.sync["gigabytes/sync"] = (torch.cuda.max_memory_allocated() - held) / 1e9
         self.sync["seconds/sync"] = time.perf_counter() - start
@@ -481,7 +481,7 @@ class Trainer:
             seed=config["seed"], step=step, compile_decode=config["compile_decode"],
             on_look=self.on_look, **sampling))
         self.bar.set_description_str("")
-        if ranks.device.type == "cuda":  # the cache's memory is training's now
+        if ranks.is_cuda:  # the cache's memory is training's now
             gc.collect()  # an engine whose step is compiled refers to itself
             torch.cuda.empty_cache()
         if ranks.any(self.run.wants_stop()):
@@ -548,7 +548,7 @@ class Trainer:
                 ratio_cap=config["ratio_cap"], by_sequence=config["ratio"] == "sequence",
                 clip=clip, reference=self.reference, kl=config["kl"]))
             norms.append(apply_gradient(self.model, self.optimizer, lr, config["clip"]))
-        if self.ranks.device.type == "cuda":
+        if self.ranks.is_cuda:
             torch.cuda.synchronize()
         done = time.perf_counter()
         *told, divergences = (np.concatenate(self.ranks.gather(list(values)))
@@ -638,7 +638,7 @@ def main(argv):
     if config["plan"]:
         return plan(config)
     ranks = setup()
-    if not config["slots"] and ranks.device.type != "cuda":
+    if not (config["slots"] or ranks.is_cuda):
         raise InputError("slots=0: expected at least 1 without a GPU")
     trainer = Trainer(config, ranks)
     run = trainer.run

@@ -20,6 +20,7 @@ import copy
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import shutil
@@ -222,9 +223,13 @@ class Ranks(NamedTuple):
     store: object
 
     @property
+    def is_cuda(self):
+        return self.device.type == "cuda"
+
+    @property
     def shards(self):
         """Whether what is trained is sharded over the ranks: on CUDA always, a mesh of one too."""
-        return self.world > 1 or self.device.type == "cuda"
+        return self.world > 1 or self.is_cuda
 
     def gather(self, items):
         """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
@@ -426,6 +431,11 @@ class Span(NamedTuple):
     mask: torch.Tensor        # (S, 1, 1, keys) 0 or -inf, or None where a kernel reads lengths
 
 
+def runs_flash(x):
+    """Whether FlashAttention and its kind take x, and read sequences' lengths on the device."""
+    return x.is_cuda and x.dtype != torch.float32
+
+
 def attention(q, k, v, span):
     """Causal attention within each sequence; q (N, H, D) -> (N, H, D).
 
@@ -433,7 +443,7 @@ def attention(q, k, v, span):
     where there are. With it, this is a decode step: one query per sequence, k and v (S, cap, K, D)
     the caches, of which lengths[s] keys count."""
     if span.lengths is None:
-        if q.is_cuda and q.dtype != torch.float32:
+        if runs_flash(q):
             return flash_varlen(q, k, v, span)
         key_sizes = [size + span.past for size in span.sizes]
         parts = [x.transpose(0, 1).split(sizes, dim=1)  # (heads, T, D)
@@ -508,8 +518,8 @@ if triton:
 
 def has_decode_kernel(cached):
     """Whether a kernel reads such a cache (..., D) by the lengths of its sequences."""
-    is_half = cached.is_cuda and cached.dtype != torch.float32
-    return is_half and bool(flash_attn_with_kvcache or triton and cached.shape[-1] in TRITON_SIZES)
+    has_triton = triton and cached.shape[-1] in TRITON_SIZES
+    return runs_flash(cached) and bool(flash_attn_with_kvcache or has_triton)
 
 
 TRITON_SIZES = (16, 32, 64, 128, 256)  # of a head
@@ -792,7 +802,7 @@ class Qwen2(nn.Module):
             past = cache.past
         angles = positions[:, None, None].float() * self.frequencies
         x = self.model.embed_tokens(tokens)  # (N, C)
-        needs_sizes = lengths is None and not (x.is_cuda and x.dtype != torch.float32)
+        needs_sizes = lengths is None and not runs_flash(x)
         span = Span(cu_seqlens, sizes.tolist() if needs_sizes else None,
                     1 if N == S else int(sizes.max()), past, lengths, mask)
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
@@ -865,11 +875,10 @@ def shard(model, ranks, offload=False):
 
     On CUDA parameters are fp32 masters, compute is bf16 and gradients are reduced in fp32;
     offload keeps all that is sharded in the CPU's memory."""
-    is_cuda = ranks.device.type == "cuda"
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = dict(mesh=dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,)),
-                   mp_policy=MixedPrecisionPolicy(**half if is_cuda else {}),
-                   offload_policy=(CPUOffloadPolicy(pin_memory=is_cuda) if offload
+                   mp_policy=MixedPrecisionPolicy(**half if ranks.is_cuda else {}),
+                   offload_policy=(CPUOffloadPolicy(pin_memory=ranks.is_cuda) if offload
                                    else OffloadPolicy()))
     for block in model.model.layers:
         fully_shard(block, **options)
@@ -1044,7 +1053,8 @@ def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, re
         split(model)
     if ranks and ranks.shards:
         shard(model, ranks, offload)
-    if compile:
+    if compile:  # without four lines on what recomputed code must not do, and does not
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)
     model.to_empty(device="cpu" if offload else device)
@@ -1075,21 +1085,20 @@ def load_model(name, device, dtype=torch.float32, ranks=None, config=None, new=(
 
 def load_for_training(keys, ranks, **options):
     """The model of a training script's config, fp32."""
-    is_cuda = ranks.device.type == "cuda"
-    return load_model(keys["model"], ranks.device, ranks=ranks,
-                      recompute=keys["recompute"] or ("all_but_attention" if is_cuda else "none"),
-                      compile=is_cuda and keys["compile"], offload=is_cuda and keys["offload"],
-                      **options)
+    recompute = keys["recompute"] or ("all_but_attention" if ranks.is_cuda else "none")
+    return load_model(keys["model"], ranks.device, ranks=ranks, recompute=recompute,
+                      compile=ranks.is_cuda and keys["compile"],
+                      offload=ranks.is_cuda and keys["offload"], **options)
 
 
-def compute_dtype(device):
+def compute_dtype(ranks):
     """Of weights that nobody trains: to compute with, or to export."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if ranks.is_cuda else torch.float32
 
 
 def load_for_sampling(name, ranks, share=WHOLE):
     """(a plain copy or a rank's slices of one, its tokenizer)"""
-    model = load_model(name, ranks.device, compute_dtype(ranks.device), share=share)
+    model = load_model(name, ranks.device, compute_dtype(ranks), share=share)
     tokenizer = load_tokenizer(name)
     model.num_tokens = len(tokenizer)
     return model, tokenizer

@@ -272,7 +272,7 @@ class Run:
     def write_aside(self, aside, model, optimizer):
         """The weights for others, and state/ to go on from; collective."""
         name = self.config["save_dtype"]
-        dtype = getattr(torch, name) if name else compute_dtype(self.ranks.device)
+        dtype = getattr(torch, name) if name else compute_dtype(self.ranks)
         needed = sum(p.numel() for p in model.parameters()) * (dtype.itemsize + 3 * 4)
         if self.ranks.any(self.is_main and shutil.disk_usage(self.folder).free < needed):
             raise InputError(f"{aside}: expected {needed:,} bytes of free disk, found fewer; "
@@ -415,7 +415,7 @@ def train(run, model, optimizer, accumulate, validate, panels, tokens, length):
         row["grad_norm"] = apply_gradient(model, optimizer, row["lr"], config["clip"], row["loss"])
         seconds = time.perf_counter() - start
         row["tokens_per_second"] = tokens / seconds
-        if run.ranks.device.type == "cuda":
+        if run.ranks.is_cuda:
             row["mfu"] = flops / seconds / (run.ranks.world * H100_FLOPS)
         alarm = run.count_bad(row)
         if is_last or step % config["eval_every"] == 0:

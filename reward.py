@@ -351,7 +351,7 @@ class WritingModel:
     policy is; plain on one CPU process."""
 
     def __init__(self, folder, ranks):
-        self.model = load_model(folder, ranks.device, compute_dtype(ranks.device), ranks,
+        self.model = load_model(folder, ranks.device, compute_dtype(ranks), ranks,
                                 head=SCORES)
         self.tokenizer = load_tokenizer(folder)
         self.max_len, self.ranks = context_length(self.model.config), ranks

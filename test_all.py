@@ -30,8 +30,8 @@ import time
 import types
 import unicodedata
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from html.parser import HTMLParser
@@ -45,6 +45,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
@@ -307,7 +308,49 @@ def naive_attention(q, k, v, is_seen):
     return out
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "triton", "flash_attn"])
+@contextmanager
+def like_cuda():
+    """The way of a GPU on a CPU, but for kernels and graphs: plain products in double precision
+    take the place of torch's FlashAttention, and check the sizes that they are told."""
+    def plain(q, k, v, cu_q, cu_k):
+        parts = [x.double().split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        return torch.cat([F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in qkv), enable_gqa=True,
+            attn_mask=torch.ones(len(qkv[0]), len(qkv[1])).tril(len(qkv[1]) - len(qkv[0])) > 0
+        ).transpose(0, 1) for qkv in zip(*parts)])
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, *flags, **options):
+        assert is_causal and [max_q, max_k] == [int(cu.diff().max()) for cu in (cu_q, cu_k)]
+        unused = torch.zeros(2, dtype=torch.uint64)
+        sums = torch.zeros(q.shape[1], len(q))
+        return plain(q, k, v, cu_q, cu_k).to(q.dtype), sums, unused, unused, unused
+
+    def backward(grad, q, k, v, out, sums, cu_q, cu_k, *sizes, **options):
+        def differentiate():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            return torch.autograd.grad(plain(*leaves, cu_q, cu_k), leaves, grad.double())
+
+        with ThreadPoolExecutor(1) as pool:  # autograd is off in this thread, beneath an operator
+            return pool.submit(differentiate).result()
+
+    with torch.library._scoped_library("aten", "IMPL") as library, \
+            pytest.MonkeyPatch.context() as patch:
+        library.impl("_flash_attention_forward", forward, "CPU")
+        library.impl("_flash_attention_backward", backward, "CPU")
+        patch.setattr(network, "runs_flash", lambda x: True)
+        for name in "flash_attn_varlen_func", "flash_attn_with_kvcache", "triton":
+            patch.setattr(network, name, None)
+        patch.setattr(network.Ranks, "is_cuda", True)
+        for name in "empty_cache", "reset_peak_memory_stats", "synchronize":
+            patch.setattr(torch.cuda, name, lambda: None)
+        for name in "memory_allocated", "max_memory_allocated":
+            patch.setattr(torch.cuda, name, lambda: 0)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 10 ** 9))
+        patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+        yield
+
+
+@pytest.mark.parametrize("backend", ["cpu", "like cuda", "torch", "triton", "flash_attn"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     """A query that sees a later key, a stranger's key, a free place of the cache, or the keys of
@@ -315,7 +358,7 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     triton, TRITON_INTERPRET=1 runs its kernel."""
     device, dtype, tolerance = "cuda", torch.bfloat16, 0.03
     is_interpreted = backend == "triton" and network.triton and "TRITON_INTERPRET" in os.environ
-    if backend == "cpu" or is_interpreted:
+    if backend in ("cpu", "like cuda") or is_interpreted:
         device, dtype, tolerance = "cpu", torch.float32, 1e-5
     elif (not HAS_CUDA or backend == "triton" and not network.triton
           or backend == "flash_attn" and network.flash_attn_varlen_func is None):
@@ -328,15 +371,19 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)
 
+    def attend(*inputs):
+        with like_cuda() if backend == "like cuda" else nullcontext():
+            return network.attention(*inputs)
+
     q, k, v = draw(45, 4, 16), draw(45, kv_heads, 16), draw(45, kv_heads, 16)  # a ragged pack
     cu_seqlens = torch.tensor([0, 5, 6, 45], dtype=torch.int32, device=device)
-    found = network.attention(q, k, v, Span(cu_seqlens, [5, 1, 39], 39, 0, None, None))
+    found = attend(q, k, v, Span(cu_seqlens, [5, 1, 39], 39, 0, None, None))
     is_seen = torch.block_diag(*(torch.ones(n, n).tril() for n in (5, 1, 39))) > 0
     expected = naive_attention(q, *(x.expand(45, *x.shape) for x in (k, v)), is_seen.to(device))
     assert_close(found.double(), expected, atol=tolerance, rtol=0)
 
     chunk = torch.tensor([0, 6], dtype=torch.int32, device=device)  # the last six of that 39
-    found = network.attention(q[-6:], k[-39:], v[-39:], Span(chunk, [6], 6, 33, None, None))
+    found = attend(q[-6:], k[-39:], v[-39:], Span(chunk, [6], 6, 33, None, None))
     assert_close(found.double(), expected[-6:], atol=tolerance, rtol=0)
 
     q, *kv = draw(3, 4, 16), draw(3, kv_heads, 600, 16), draw(3, kv_heads, 600, 16)
@@ -346,8 +393,7 @@ def test_attention_equals_a_naive_loop(kv_heads, backend, monkeypatch):
     mask = torch.zeros(3, 1, 1, 600, dtype=dtype, device=device)
     mask.masked_fill_(~is_seen[:, None, None], -torch.inf)
     has_kernel = backend in ("triton", "flash_attn")
-    found = network.attention(q, k, v, Span(cu_seqlens, None, 1, 0, lengths,
-                                            None if has_kernel else mask))
+    found = attend(q, k, v, Span(cu_seqlens, None, 1, 0, lengths, None if has_kernel else mask))
     assert_close(found.double(), naive_attention(q, k, v, is_seen), atol=tolerance, rtol=0)
 
 
@@ -380,6 +426,19 @@ def test_recomputing_changes_no_gradient(recompute, attention, mlp, tmp_path):
     assert same(*found)
     assert counts == [{"attention": 6, "silu": 2},  # of 2 layers and 3 sequences
                       {"attention": 6 * attention, "silu": 2 * mlp}]
+
+
+def test_attention_on_the_way_of_a_gpu_trains_the_same_and_is_kept(tmp_path):
+    """A GPU's first step: keys of grouped heads summed wrongly or not at all, lengths of another
+    pack, attention run twice because its operator's name is not what the policy looks for."""
+    make_model(tmp_path)
+    score(plain := load_model(tmp_path, "cpu"), random_sequences([5, 1, 30])).sum().backward()
+    for kind, calls in ("none", 2), ("all", 4), ("all_but_attention", 2):  # of two layers
+        ours = load_model(tmp_path, "cpu", recompute=kind)
+        with like_cuda(), CountCalls("_varlen_attn") as mode:
+            score(ours, random_sequences([5, 1, 30])).sum().backward()
+        assert mode.counts == {"_varlen_attn": calls}
+        assert_close(gradients(ours), gradients(plain), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("recompute, layers, ffn, length", [
@@ -2359,6 +2418,23 @@ def wide_policy(policy, tmp_path_factory):
     make_model(folder, vocab_size=345, max_position_embeddings=512, head_dim=16)
     make_tokenizer(folder)
     return str(folder)
+
+
+def train_like_cuda(ranks, arguments):
+    with like_cuda():
+        grpo.main(arguments)
+
+
+def test_a_run_on_the_way_of_a_gpu_samples_what_it_trains(training, tmp_path):
+    """What only a GPU would meet: a pack filled up with a text that counts, the trainer's fp32 in
+    a bf16 sampler, compiled blocks that gather or recompute wrongly, a key of the log without its
+    number."""
+    run_on_ranks(2, train_like_cuda, [*training, f"out={tmp_path}", "steps=2", "eval_every=9",
+                                      "sample_tp=2", "slots=0", "micro_tokens=200"])
+    rows = [row for row in read_log(tmp_path) if row["step"]]
+    assert [row["ratio/mean"] for row in rows] == pytest.approx([1, 1], abs=0.02)
+    assert all(row["ratio/outside"] < 0.1 and row["gigabytes/sync"] == 0 for row in rows)
+    assert weights_of(tmp_path)["model.norm.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
