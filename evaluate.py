@@ -70,6 +70,7 @@ CONFIG = dict(
     top_p=0.95,
     top_k=0,
     slots=64,                   # sequences that decode together
+    compile_decode=False,       # decode steps by torch.compile: a minute at first, then faster
     sample_tp=1,                # ranks that share one copy of a folder's model
     seed=0,
     sampling={},                # of a URL that writes; it is sent this and nothing more
@@ -214,7 +215,7 @@ class Folder:
     """A Qwen2 folder that answers here; it stands where an Endpoint may."""
     calls = itertools.count()  # names the counters in the ranks' store
 
-    def __init__(self, name, template, slots, sample_tp, seed, ranks, stops=(), **sampling):
+    def __init__(self, name, template, config, ranks, stops=(), **sampling):
         folder, found = load_config(name, with_weights=True)
         if is_scorer(found):  # told before anything is written, or any model has worked for hours
             raise InputError(f"{name}: expected a language model, found one with a score head")
@@ -222,10 +223,10 @@ class Folder:
         files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
                  for file in sorted(self.folder.iterdir()) if file.is_file()]
         self.identity = {"folder": str(self.folder), "files": files, "template": template,
-                         "seed": seed, "sampling": sampling}
+                         "seed": config["seed"], "sampling": sampling}
         self.name, self.template, self.stop_strings = str(name), template, stops
-        self.ranks, self.share = ranks, join_share(ranks, sample_tp)
-        self.options = {"slots": slots, "seed": seed, **sampling}
+        self.ranks, self.share = ranks, join_share(ranks, config["sample_tp"])
+        self.options = {key: config[key] for key in ("slots", "seed", "compile_decode")} | sampling
 
     @functools.cached_property
     def loaded(self):
@@ -263,8 +264,7 @@ def open_writer(name, place, config, ranks):
         return Endpoint(place, name, config["sampling"], config["concurrency"], config["timeout"],
                         ranks)
     sampling = {key: config[key] for key in ("max_tokens", "temperature", "top_p", "top_k")}
-    return Folder(place, config["template"], config["slots"], config["sample_tp"], config["seed"],
-                  ranks, STOP_STRINGS, **sampling)
+    return Folder(place, config["template"], config, ranks, STOP_STRINGS, **sampling)
 
 
 def read_text(row, template):
@@ -429,8 +429,7 @@ def open_judge(config, ranks):
         sampling = parse_config(FOLDER_JUDGE, [
             f"{key}={value}" for key, value in config["judge_sampling"].items()],
             {key: LIMITS[key] for key in FOLDER_JUDGE})
-        source = Folder(judge, "chat", config["slots"], config["sample_tp"], config["seed"], ranks,
-                        **sampling)
+        source = Folder(judge, "chat", config, ranks, **sampling)
     return Judge(source, path)
 
 
@@ -907,7 +906,8 @@ def main(argv):
         return print_dry_run(items, writers, asked) if ranks.rank == 0 else None
     sources = {name: open_writer(name, place, config, ranks) for name, place in writers.items()}
     judge = open_judge(config, ranks) if config["judge"] else None
-    open_folder(config, ranks, {"limit", "slots", "sample_tp", "concurrency", "timeout"})
+    open_folder(config, ranks, {"limit", "slots", "compile_decode", "sample_tp", "concurrency",
+                                "timeout"})
     templates = {name: "chat" if is_url(place) else config["template"]
                  for name, place in writers.items()}  # whose tags their texts should have
     for name in writers:  # popped, so that no two models are in memory

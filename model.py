@@ -78,12 +78,14 @@ class InputError(Exception):
 
 def script(main):
     """Wrap a script's main(argv): one line on standard error and exit status 2 for bad input; of
-    ranks that fail together, one tells."""
+    ranks that fail together, one tells. --help shows the script's docstring and CONFIG."""
     @functools.wraps(main)
     def run(argv=None):
-        had_group = dist.is_initialized()
+        had_group, arguments = dist.is_initialized(), sys.argv[1:] if argv is None else argv
+        if {"-h", "--help"} & set(arguments):
+            return show_help(main)
         try:
-            main(sys.argv[1:] if argv is None else argv)
+            main(arguments)
             if dist.is_initialized() and not had_group:
                 setup().any(False)  # the slowest may take longer than a collective waits
         except InputError as error:
@@ -112,6 +114,16 @@ def script(main):
             dist.barrier()  # without it some ranks die at exit
             dist.destroy_process_group()
     return run
+
+
+def show_help(main):
+    """What stands at the top of main's file: its docstring, and CONFIG with its comments."""
+    module = inspect.getmodule(main)
+    keys = inspect.getsource(module).partition("\nCONFIG = dict(\n")[2].partition("\n)")[0]
+    print_once(f"{module.__doc__}\nKeys and their defaults:\n\n{keys}")
+    shared = [f"{key}={value!r}" for key, value in module.CONFIG.items() if f" {key}=" not in keys]
+    if shared:
+        print_once(f"    # the others, which pretrain.py explains: {', '.join(shared)}")
 
 
 def is_first_to_fail():

@@ -633,6 +633,15 @@ def test_arguments_get_the_types_of_the_defaults():
     assert defaults["columns"] == {}
 
 
+def test_help_shows_the_script_and_every_key(capsys):
+    """An error for who asks, keys that another file's dict brings left out."""
+    for script in network, sample, reward, grpo, pretrain, evaluate:
+        script.main(["--help"])
+        said = capsys.readouterr().out
+        assert script.__doc__ in said and "# " in said
+        assert all(f" {key}=" in said for key in script.CONFIG)
+
+
 # ---------------------------------------------------------------- model: shards
 
 class Counted:
@@ -3394,19 +3403,23 @@ def test_an_evaluation_goes_on_and_fails_above_two_percent(judge_url, tmp_path, 
 
 @pytest.mark.parametrize("bench", ["writingbench", "arena_write"])
 def test_a_folder_writes_and_judges_through_the_same_code(bench, policy, judge_url, tmp_path,
-                                                          capsys):
+                                                          capsys, monkeypatch):
     """Folders and endpoints that are asked different things; a generator or a judge that starts
     over; a prompt too long for the context that stops the run."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, dynamic: compiled.append(step) or step)
     data, judge = write_bench(tmp_path, bench)[0], tmp_path / "judge"
     shutil.copytree(policy, judge)
     edit_config(judge, max_position_embeddings=8192 if bench == "arena_write" else 512)
     JudgeServer.say = lambda prompt, number: f"<answer>{prompt[:20]}</answer>"
     arguments = [f"bench={bench}", f"data={data}", f"out={tmp_path / 'run'}", "limit=2",
                  f"model={json.dumps({'here': policy, 'there': judge_url})}", f"judge={judge}",
-                 'judge_sampling={"max_tokens": 8}', "max_tokens=12", "slots=16", "template=direct"]
+                 'judge_sampling={"max_tokens": 8}', "max_tokens=12", "slots=16", "template=direct",
+                 f"compile_decode={bench == 'arena_write'}"]
     for _ in range(2):
         with pytest.raises(SystemExit, match="unscored"):
             evaluate.main(arguments)
+    assert bool(compiled) == (bench == "arena_write")
     run = tmp_path / "run"
     made = read_lines(run / "generated.jsonl")
     asked = [row.get("query") or row["question"] for row in BENCHES[bench][:2]]
