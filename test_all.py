@@ -3505,7 +3505,7 @@ def test_a_stated_length_is_read(prompt, expected):
 def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path, capsys):
     """A benchmark's prompt trained on, the same request twice, a verdict that fails and takes its
     row along without a word, a call that a second run repeats."""
-    subject = " ".join("amber bridge copper dawn engine forest garden harbor island jars".split())
+    subject = "amber bridge copper dawn engine forest garden harbor island jars"
     tell = lambda name: f"Please tell of {name}, {subject}, in about 800 words, with care."
     quoted = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     prompts = [tell("a fox"), tell("the foxy"), "请写一篇关于海港的文章，800字左右。",
