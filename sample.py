@@ -627,7 +627,10 @@ class Engine:
         count += self.is_active[:R]
 
     def step_graph(self, R):
-        """The step as a CUDA graph, or None at a shape's first time, when kernels still settle."""
+        """The step as a CUDA graph, or None on a CPU and at a shape's first time, when kernels
+        still settle."""
+        if self.device.type != "cuda":
+            return None
         key = R, self.cache.reach
         if key not in self.graphs:
             self.graphs[key] = None
@@ -646,7 +649,7 @@ class Engine:
         R = self.num_rows(running[-1] + 1)
         self.cache.use_for_decode(R, max(map(self.length, running)) + num_steps)
         with shape_config.patch(use_duck_shape=False):  # sizes that are equal now may differ later
-            graph = self.step_graph(R) if self.device.type == "cuda" else None
+            graph = self.step_graph(R)
             step = graph.replay if graph else functools.partial(self.step, R)
             try:
                 step()

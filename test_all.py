@@ -54,6 +54,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import evaluate
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("runs", "toy")]
@@ -853,6 +854,54 @@ def test_compiled_steps_write_the_same_and_compile_once(policy, naive, monkeypat
     half, prompts, stops = load_policy(policy, torch.float64, share=network.Share(0, 2, None))
     with pytest.raises(InputError, match="sample_tp=1, found 2"):
         next(generate(half, prompts, ALL_WORK, stops, CAPS, compile_decode=True))
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on the CPU: what was called once is called again at the same addresses, with
+    the same Python numbers, and may not ask the host for anything."""
+
+    def __init__(self, engine, R):
+        super().__init__()
+        self.calls, self.is_fresh = [], True
+        with self:
+            engine.step(R)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        asks = "item", "_local_scalar_dense", "is_nonzero", "nonzero", "lift_fresh"
+        assert op.name().removeprefix("aten::") not in asks  # where the host and a GPU would wait
+        found = op(*args, **kwargs or {})
+        made, given = ([x for x in tree_leaves(tree) if torch.is_tensor(x)]
+                       for tree in (found, (args, kwargs)))
+        memory = {x.untyped_storage().data_ptr() for x in given}
+        if op._schema.is_mutable or not any(x.untyped_storage().data_ptr() in memory for x in made):
+            self.calls.append((partial(op, *args, **kwargs or {}), made))  # no view of what it got
+        return found
+
+    def replay(self):
+        for call, made in [] if self.is_fresh else self.calls:
+            again = [x for x in tree_leaves(call()) if torch.is_tensor(x)]
+            for old, new in zip(made, again, strict=True):
+                old.copy_(new)
+        self.is_fresh = False  # what it recorded has been done
+
+
+def test_a_recorded_step_writes_what_steps_write(policy, naive, monkeypatch):
+    """A CUDA graph that holds the address of a tensor that is gone, a number that was Python's, a
+    step that waits for the host."""
+    texts, _, strings = naive
+    ours, prompts, stops = load_policy(policy, torch.float64, strings)
+    graphs = {}
+
+    def step_graph(engine, R):
+        key = R, engine.cache.reach
+        if key in graphs:
+            graphs[key] = graphs[key] or Recording(engine, R)
+        return graphs.setdefault(key)
+
+    monkeypatch.setattr(sample.Engine, "step_graph", step_graph)
+    monkeypatch.setattr(sample, "LOOK_EVERY", 4)
+    found = texts_of(generate(ours, prompts, ALL_WORK, stops, CAPS, 32, 0.7, seed=3, step=7))
+    assert found == texts and sum(graph is not None for graph in graphs.values()) > 2
 
 
 def generate_share(ranks, folder, strings, sample_tp):
