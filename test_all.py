@@ -314,7 +314,8 @@ def like_cuda():
     """The way of a GPU on a CPU, but for kernels and graphs: plain products in double precision
     take the place of torch's FlashAttention, and check the sizes that they are told."""
     def plain(q, k, v, cu_q, cu_k):
-        parts = [x.double().split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        parts = [x.double().split(cu.diff().tolist())
+                 for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
         return torch.cat([F.scaled_dot_product_attention(
             *(x.transpose(0, 1) for x in qkv), enable_gqa=True,
             attn_mask=torch.ones(len(qkv[0]), len(qkv[1])).tril(len(qkv[1]) - len(qkv[0])) > 0
@@ -872,9 +873,10 @@ class Recording(TorchDispatchMode):
         found = op(*args, **kwargs or {})
         made, given = ([x for x in tree_leaves(tree) if torch.is_tensor(x)]
                        for tree in (found, (args, kwargs)))
-        memory = {x.untyped_storage().data_ptr() for x in given}
-        if op._schema.is_mutable or not any(x.untyped_storage().data_ptr() in memory for x in made):
-            self.calls.append((partial(op, *args, **kwargs or {}), made))  # no view of what it got
+        made_at, given_at = ({x.untyped_storage().data_ptr() for x in part}
+                             for part in (made, given))
+        if op._schema.is_mutable or not made_at & given_at:  # not a view of what it got
+            self.calls.append((partial(op, *args, **kwargs or {}), made))
         return found
 
     def replay(self):
@@ -898,10 +900,17 @@ def test_a_recorded_step_writes_what_steps_write(policy, naive, monkeypatch):
             graphs[key] = graphs[key] or Recording(engine, R)
         return graphs.setdefault(key)
 
-    monkeypatch.setattr(sample.Engine, "step_graph", step_graph)
+    write = lambda **sampling: texts_of(
+        generate(ours, prompts, ALL_WORK, stops, CAPS, 32, **sampling))
+    kinds = [dict(temperature=0.9, top_p=0.9, top_k=20), dict(temperature=0)]
+    plain = [write(**kind) for kind in kinds]
     monkeypatch.setattr(sample, "LOOK_EVERY", 4)
-    found = texts_of(generate(ours, prompts, ALL_WORK, stops, CAPS, 32, 0.7, seed=3, step=7))
-    assert found == texts and sum(graph is not None for graph in graphs.values()) > 2
+    monkeypatch.setattr(sample.Engine, "step_graph", step_graph)
+    assert write(temperature=0.7, seed=3, step=7) == texts
+    assert sum(graph is not None for graph in graphs.values()) > 2
+    for kind, expected in zip(kinds, plain):
+        graphs.clear()
+        assert write(**kind) == expected
 
 
 def generate_share(ranks, folder, strings, sample_tp):
