@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm
 
 from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
-                   count_parameters, flops_per_token, join_share, load_config, load_for_training,
-                   load_tokenizer, parse_config, print_once, sampling_plan, script, setup,
-                   write_text)
+                   count_parameters, flops_per_token, join_share, let_go, load_config,
+                   load_for_training, load_tokenizer, parse_config, print_once, sampling_plan,
+                   script, setup, write_text)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
                       make_optimizer, make_packs, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
@@ -260,6 +260,7 @@ def accumulate_gradient(model, sequences, ranks, micro_tokens, temperature, rati
         (loss * ranks.world).backward()  # FSDP averages over ranks; the loss is a sum
         if pack:
             found.append((entropy.detach()[is_target], *told))
+    let_go(reference)
     return [torch.cat(values).cpu().numpy() for values in zip(*found)]
 
 
@@ -290,10 +291,11 @@ def spearman(x, y):
 def step_row(step, completions, scored, rewards, entropies, ratios):
     """The log row of update `step`, but for the times and the gradient."""
     row = {"step": step} | {f"reward/{name}": mean_of(scored, name) for name in COMPONENTS}
-    finished = [len(c.tokens) for c in completions if c.finish == "stop"]
-    row |= {"words": mean_of(scored, "words"),
-            "tokens": sum(len(c.tokens) for c in completions) / len(completions),
-            "tokens/finished": sum(finished) / max(1, len(finished)),
+    sizes = [{"words": rewards["words"], "tokens": len(c.tokens), "finish": c.finish}
+             for c, rewards in zip(completions, scored)]
+    finished = [size for size in sizes if size["finish"] == "stop"]
+    row |= {"words": mean_of(sizes, "words"), "words/finished": mean_of(finished, "words"),
+            "tokens": mean_of(sizes, "tokens"), "tokens/finished": mean_of(finished, "tokens"),
             "truncated": sum(c.finish == "length" for c in completions) / len(completions),
             "repetition": mean_of(scored, "repetition"),
             "entropy": float(entropies.mean()),
@@ -371,9 +373,9 @@ def show_result(folder, column=48):
 # ---------------------------------------------------------------- the loop
 
 def plan_sampling(config, gpus, memory, prompt_tokens=PROMPT_TOKENS):
-    """({kind: bytes} that a GPU holds beside the trained model, bytes of a completion's cache,
-    slots). Without slots in the config as many as all that leaves room for in a GPU's memory
-    (bytes), and no more than there are completions."""
+    """({kind: bytes} that a GPU holds beside the trained model, {kind: bytes} while it samples,
+    the cache's first, slots). Without slots in the config as many as all that leaves room for in
+    a GPU's memory (bytes), and no more than there are completions."""
     if gpus % config["sample_tp"]:
         raise InputError(f"sample_tp={config['sample_tp']}: expected a divisor of the {gpus} GPUs; "
                          "for a plan, WORLD_SIZE says how many")
@@ -386,6 +388,7 @@ def plan_sampling(config, gpus, memory, prompt_tokens=PROMPT_TOKENS):
     if config["kl"] and is_there:
         held["the start, for kl"] = 4 * count // gpus
     slots, engines = config["slots"], gpus // config["sample_tp"]
+    logits = 4 * LOGITS_COPIES * policy["vocab_size"]
     if not slots:
         room = 0.9 * memory - 16 * count // gpus * is_there - sum(held.values()) - DECODE_ROOM
         if room < MIN_ROWS * each:
@@ -393,8 +396,10 @@ def plan_sampling(config, gpus, memory, prompt_tokens=PROMPT_TOKENS):
                              f"{config['max_tokens']} tokens, {MIN_ROWS * each:,} bytes, "
                              f"found {int(room):,}")
         most = -(-config["num_prompts"] * config["num_samples"] // engines)
-        slots = min(int(room // (each + 4 * LOGITS_COPIES * policy["vocab_size"])), most)
-    return held, each, max(slots, MIN_ROWS)
+        slots = min(int(room // (each + logits)), most)
+    slots = max(slots, MIN_ROWS)
+    return held, {f"cache of {slots} slots": slots * each, "room for decoding": DECODE_ROOM,
+                  "its logits, a step's and a graph's": slots * logits}, slots
 
 
 class Trainer:
@@ -610,11 +615,12 @@ def plan(config):
     """Print what a run needs: every completion as long as it may be, as many as slots at once."""
     gpus, length = int(os.environ.get("WORLD_SIZE", 1)), config["max_tokens"]
     count = config["num_prompts"] * config["num_samples"]
-    held, each, slots = plan_sampling(config, gpus, PLAN_MEMORY)
+    held, sampling, slots = plan_sampling(config, gpus, PLAN_MEMORY)
     waves = -(-count // (slots * (gpus // config["sample_tp"])))
-    read = held["sampling weights"] + slots * each / 2  # half full on average
-    print_plan(config, count * length, max(length, config["micro_tokens"]), length, held=held,
-               sampling={f"cache of {slots} slots": slots * each},
+    cache = next(iter(sampling.values()))
+    read = held["sampling weights"] + cache / 2  # half full on average
+    print_plan(config, count * length, max(length + PROMPT_TOKENS, config["micro_tokens"]), length,
+               held=held, sampling=sampling,
                seconds={f"seconds of sampling at {PLAN_BANDWIDTH / 1e12:.1f} TB/s, waves: {waves}":
                         f"{waves * length * read / PLAN_BANDWIDTH:,.1f}"})
 

@@ -88,7 +88,7 @@ def script(main):
             main(arguments)
             if dist.is_initialized() and not had_group:
                 setup().any(False)  # the slowest may take longer than a collective waits
-        except InputError as error:
+        except (InputError, FloatingPointError) as error:  # of a model: logits that are not finite
             if is_first_to_fail():
                 tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
             sys.exit(2)
@@ -850,6 +850,7 @@ def join_share(ranks, size):
         raise InputError(f"sample_tp={size}: expected a divisor of the {count} ranks of a node")
     if size == 1:
         return WHOLE
+    ranks.any(False)  # the slowest to load may take longer than the group waits
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=SHARE_SECONDS))
     return Share(ranks.rank % size, size, group)
 
@@ -897,10 +898,15 @@ def shard(model, ranks, offload=False):
     return fully_shard(model, **options)
 
 
+def let_go(model):
+    """Of what FSDP keeps gathered after a forward pass without a backward one: the root."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def full_parameters(model, dtype):
     """(name, whole tensor in this dtype) of every parameter; collective where it is sharded."""
-    if isinstance(model, FSDPModule):
-        model.reshard()  # after a forward pass without a backward the root is still gathered
+    let_go(model)
     for name, parameter in model.named_parameters():
         whole = parameter.detach().to(dtype)
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
@@ -920,6 +926,8 @@ def copy_weights(source, target):
 def find_folder(name, with_weights=False):
     """A local folder, or a hub repository brought to one (local cache first)."""
     folder = Path(name)
+    if not name:
+        raise InputError("expected a model folder or a hub name, found an empty text")
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise InputError(f"{name}: expected a model folder, found no config.json")
@@ -1119,8 +1127,8 @@ def load_for_sampling(name, ranks, share=WHOLE):
 def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
     """Write a Hugging Face folder: config, tokenizer files of where the model came from, and
     safetensors of at most max_bytes each. Collective; rank 0 writes."""
-    is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    folder, source = Path(folder), model.folder
+    ranks, folder, source = setup(), Path(folder), model.folder
+    is_writer = ranks.rank == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(model.config)
@@ -1138,13 +1146,16 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_bytes)
     parts = {file: {} for file in plan.filename_to_tensors}
     for name, whole in full_parameters(model, dtype):
+        file = plan.tensor_to_filename[name]
+        parts[file][name] = whole.cpu().contiguous() if is_writer else None
+        if len(parts[file]) < len(plan.filename_to_tensors[file]):
+            continue
+        tensors = parts.pop(file)  # written once it is whole
         if is_writer:
-            file = plan.tensor_to_filename[name]
-            parts[file][name] = whole.cpu().contiguous()
-            if len(parts[file]) == len(plan.filename_to_tensors[file]):  # written once it is whole
-                save_file(parts.pop(file), folder / file, metadata={"format": "pt"})
-                # safetensors 0.8 lets nobody but the owner read it
-                shutil.copymode(folder / "config.json", folder / file)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            # safetensors 0.8 lets nobody but the owner read it
+            shutil.copymode(folder / "config.json", folder / file)
+        ranks.any(False)  # a slow disk may take longer than a collective waits
     if is_writer and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

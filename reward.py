@@ -47,12 +47,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
-                   is_scorer, load_config, load_for_training, load_model, load_tokenizer,
-                   parse_config, print_once, script, setup, write_text, writes_to)
+                   is_scorer, let_go, load_config, load_for_training, load_model,
+                   load_tokenizer, parse_config, print_once, script, setup, write_text,
+                   writes_to)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
 from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
@@ -368,8 +368,7 @@ class WritingModel:
                        "reward model's context")
         scores = score_sequences(self.model, [tokens for tokens, _ in everyone], self.ranks,
                                  pack_tokens)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # without a backward pass the root stays gathered
+        let_go(self.model)
         return scores[first:first + len(mine)]
 
 

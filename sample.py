@@ -76,9 +76,9 @@ PREFILL_TOKENS = 2048  # of prompts read in one pass; more was no faster on a CP
 def read_rows(path):
     """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet, without holding the file;
     a line that is not UTF-8 JSON comes as its text."""
+    if not Path(path).is_file():
+        raise InputError(f"{path or repr(path)}: no such file")
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
     kind = "Parquet" if path.suffix == ".parquet" else kind
     try:

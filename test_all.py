@@ -820,8 +820,13 @@ class Never:
         return False
 
 
-def test_a_hung_collective_ends_the_process(monkeypatch, capsys):
-    """A GPU that waits for ever within a CUDA graph, where no collective's own timeout counts."""
+def test_a_hung_collective_ends_the_process(policy, monkeypatch, capsys):
+    """A GPU that waits for ever within a CUDA graph, where no collective's own timeout counts; a
+    host that asks it for the samples before it has looked."""
+    ours, prompts, stops = load_policy(policy, torch.float32)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sample.Engine, "wait", lambda engine: 1 / 0)
+        next(generate(ours, prompts, ALL_WORK, stops, CAPS))
     engine = types.SimpleNamespace(device=torch.device("cuda"), model=types.SimpleNamespace(
         share=network.Share(0, 2, None)))
     monkeypatch.setattr(torch.cuda, "Event", Never)
@@ -939,6 +944,17 @@ def test_ranks_write_what_one_process_writes(world, sample_tp, policy, naive):
                                            abs=1e-6, rel=1e-6)
 
 
+def join_late(ranks):
+    network.SHARE_SECONDS = 1
+    time.sleep(2 * ranks.rank)  # as if its model took longer to load
+    return network.join_share(ranks, 2).rank
+
+
+def test_a_share_waits_for_all_its_ranks():
+    """Five minutes between the first rank that has loaded its model and the last, and no run."""
+    assert run_on_ranks(2, join_late) == [0, 1]
+
+
 def generate_astray(ranks, folder):
     """What a rank makes of all work, where all but the leader of a share draw other tokens."""
     def draw(*inputs, **sampling):
@@ -1004,12 +1020,15 @@ def test_greedy_equals_transformers(policy):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_stop_the_rollout(temperature, policy):
-    """A diverged policy whose arg-max of NaN is token 0 for ever."""
+def test_logits_that_are_not_finite_stop_the_rollout(temperature, policy, tmp_path, capsys):
+    """A diverged policy whose arg-max of NaN is token 0 for ever; a traceback for it."""
     ours, prompts, stops = load_policy(policy, torch.float32)
     ours.model.norm.weight.data[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
         list(generate(ours, prompts, [(2, 0)], stops, 9, temperature=temperature))
+    save_folder(ours, tmp_path, torch.float32)
+    check_error(sample.main, [f"model={tmp_path}", "max_tokens=9", f"temperature={temperature}"],
+                "not finite", capsys)
 
 
 def test_a_text_may_end_with_its_first_token(policy):
@@ -2609,10 +2628,12 @@ def make_rollout(num_prompts):
 
 
 def gradient_of(ranks, folder, rollout, micro_tokens):
-    ours = load_on(ranks, folder)
-    ours.num_tokens = 340
+    """With a reference that counts nothing, of which no rank may keep more than its shard."""
+    ours, start = load_on(ranks, folder), load_on(ranks, folder).requires_grad_(False)
+    ours.num_tokens = start.num_tokens = 340
     grpo.accumulate_gradient(ours, grpo.make_sequences(*rollout), ranks, micro_tokens,
-                             temperature=0.8, ratio_cap=2.0)
+                             temperature=0.8, ratio_cap=2.0, reference=start, kl=0.0)
+    assert all(hasattr(x, "full_tensor") == ranks.shards for x in start.parameters())
     return gradients(ours)
 
 
@@ -2759,8 +2780,8 @@ def test_spearman_is_the_correlation_of_mean_ranks():
 
 # ---------------------------------------------------------------- grpo: the run
 
-LOG_KEYS = """step reward/length reward/format reward/writing words tokens tokens/finished
-    truncated repetition entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length
+LOG_KEYS = """step reward/length reward/format reward/writing words words/finished tokens
+    tokens/finished truncated repetition entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length
     zero_std/format zero_std/writing correlation/length correlation/format correlation/writing
     seconds/sample seconds/train tokens_per_second""".split()
 EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
@@ -2778,8 +2799,10 @@ def training(policy, judge, tmp_path_factory):
 
 def run_late(rank, folder, arguments, seconds):
     """GRPO where collectives time out long before rank 1 has scored its first rollout, and where
-    it decodes its second ten times slower."""
+    it decodes its second ten times slower; and long before rank 0 has written the page of a step,
+    and its checkpoint."""
     honest_setup, honest_step, honest_rewards = grpo.setup, sample.Engine.step, reward.rule_rewards
+    honest_page, honest_save = grpo.write_rollouts, network.save_file
 
     def impatient_setup():
         ranks = honest_setup()
@@ -2798,9 +2821,14 @@ def run_late(rank, folder, arguments, seconds):
             (folder / "slept").touch()
         return honest_rewards(*arguments)
 
+    def late(honest):
+        return lambda *arguments, **options: (time.sleep(seconds / 2), honest(*arguments, **options))
+
     grpo.setup = impatient_setup
     if rank == 1:
         sample.Engine.step, reward.rule_rewards = slow_step, late_rewards
+    else:
+        grpo.write_rollouts, network.save_file = late(honest_page), late(honest_save)
     grpo.main(arguments)
 
 
@@ -2939,6 +2967,25 @@ def test_ranks_wait_for_a_slow_one(run_of_two, late_run):
     timed = [key for key in even if key.startswith("seconds/")] + ["tokens_per_second"]
     assert {key: even[key] for key in LOG_KEYS if key not in timed} == {
         key: late[key] for key in LOG_KEYS if key not in timed}
+
+
+def stop_one(ranks, arguments):
+    """GRPO of which rank 1 alone is told to stop, within the rollout of step 2."""
+    honest = grpo.Trainer.on_look
+
+    def on_look(trainer, engine):
+        trainer.run.stop_asked |= ranks.rank == 1 and engine.identity[1] == 2
+        return honest(trainer, engine)
+
+    grpo.Trainer.on_look = on_look
+    grpo.main(arguments)
+
+
+def test_all_ranks_stop_where_one_has_to(training, tmp_path):
+    """A rank that leaves a rollout while the others go on to its scores, and wait for ever."""
+    run_on_ranks(2, stop_one, training + [f"out={tmp_path}", "steps=3", "num_prompts=20"])
+    assert [row["step"] for row in read_log(tmp_path)] == [0, 1]
+    assert os.readlink(tmp_path / "latest") == "checkpoint-000001"
 
 
 def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ CONFIG = dict(
     correlation=0.8,            # of what is asked and what comes, as logarithms
     weights_ms=2.7,             # to read the weights once: 65 GB over 24 TB/s
     token_us=0.011,             # to read a token's keys and values: 262 kB over 24 TB/s
-    trials=5,
+    trials=20,
 )
 
 

@@ -716,8 +716,8 @@ def grpo_row(s, max_tokens):
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(s, max_tokens, Path(folder))
         longest = max(map(len, trainer.prompts + trainer.eval_prompts))
-        held, each, slots = grpo.plan_sampling(trainer.config | {"slots": trainer.slots}, 1, 0,
-                                               longest)
+        held, sampling, slots = grpo.plan_sampling(trainer.config | {"slots": trainer.slots}, 1, 0,
+                                                   longest)
         rows = run_steps(trainer, 1 + s.options["steps"])[1:]
     kinds = training_plan(s.config, 1, max(max_tokens, s.work["micro_tokens"]),
                           trainer.model.model.layers[0].recompute)
@@ -726,7 +726,7 @@ def grpo_row(s, max_tokens):
     return [slots, *(f"{median(key):.2f}" for key in (
                 "seconds", "seconds/sync", "seconds/sample", "seconds/train")),
             f"{median('tokens'):,.0f}", f"{median('tokens_per_second'):,.0f}",
-            *against_plan(median("peak/sample"), states + sum(held.values()) + slots * each),
+            *against_plan(median("peak/sample"), states + sum((held | sampling).values())),
             *against_plan(median("peak/train"), sum(kinds.values()) + sum(held.values()))]
 
 

@@ -7,21 +7,23 @@
 # out: out/grpo-1.5b/latest and best
 #
 # python grpo.py plan=true model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b/latest \
-#     num_prompts=8 num_samples=8 max_tokens=8000 micro_tokens=8192 slots=0 steps=150
+#     num_prompts=8 num_samples=8 max_tokens=8000 micro_tokens=8704 slots=0 steps=150
 # Computed for a reward model of the same size, bytes on the GPU, at this commit; not measured:
 #   fp32 weights, two moments, gradient                24,699,428,864
 #   sampling weights                                    3,087,428,608
 #   reward model                                        3,087,431,680
 #   two gathered blocks, one's gradient                   374,383,024
 #   gathered embedding and head, gradient               1,400,242,176
-#   saved block inputs                                    704,643,072
-#   saved attention outputs                               715,653,120
-#   one recomputed block                                  780,140,544
-#   a block's gradients on the way                        587,202,560
+#   saved block inputs                                    748,683,264
+#   saved attention outputs                               760,381,440
+#   one recomputed block                                  828,899,328
+#   a block's gradients on the way                        623,902,720
 #   logits of a chunk                                     805,306,368
 #   cache of 64 slots                                  15,619,588,096
-#   together, training                                 36,241,860,016
-#   together, sampling                                 46,493,877,248
+#   room for decoding                                   3,000,000,000
+#   its logits, a step's and a graph's                    311,164,928
+#   together, training                                 36,416,087,472
+#   together, sampling                                 49,805,042,176
 # each step
 #   parameters                                          1,543,714,304
 #   tokens                                                    512,000
@@ -36,6 +38,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python grpo.py model=Qwen/Qwen2.5-1.5B reward_model=out/reward-1.5b/latest \
     prompts=out/prompts/prompts.jsonl eval_prompts=out/prompts/held_out.jsonl out=out/grpo-1.5b \
-    num_prompts=8 num_samples=8 max_tokens=8000 temperature=0.8 micro_tokens=8192 \
+    num_prompts=8 num_samples=8 max_tokens=8000 temperature=0.8 micro_tokens=8704 \
     slots=0 steps=150 lr=1e-6 warmup=5 schedule=constant beta2=0.95 \
     save_every=10 eval_every=25 keep=2

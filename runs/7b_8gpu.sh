@@ -20,8 +20,10 @@
 #   a block's gradients on the way                      2,483,027,968
 #   logits of a chunk                                     805,306,368
 #   cache of 32 slots                                  26,629,636,096
+#   room for decoding                                   3,000,000,000
+#   its logits, a step's and a graph's                    155,713,536
 #   together, training                                 51,743,167,744
-#   together, sampling                                 58,859,757,824
+#   together, sampling                                 62,015,471,360
 # each step
 #   parameters                                          7,615,616,512
 #   tokens                                                  3,584,000

@@ -5,7 +5,8 @@
 #
 # The paper names neither learning rate nor schedule: 1e-5 to a tenth by a cosine is our choice.
 # --max-restarts starts a crashed run again from its last checkpoint; --shutdown-timeout leaves the
-# other ranks the time to end (a step and a save) when one is told to stop.
+# other ranks the time to end (a step and a save) when one is told to stop. The torchrun of torch
+# 2.11 does not know the second: leave it out there, here and in the other recipes.
 #
 # in:  data/books/*.jsonl, rows {"text"}; data/thoughts/*.jsonl, rows {"prompt", "plan", "text"};
 #      data/held_out.jsonl, rows {"text"} of the same kind

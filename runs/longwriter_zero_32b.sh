@@ -27,8 +27,10 @@
 #   a block's gradients on the way                      3,623,878,656
 #   logits of a chunk                                     805,306,368
 #   cache of 107 slots                                 50,881,626,112
+#   room for decoding                                   3,000,000,000
+#   its logits, a step's and a graph's                    520,667,136
 #   together, training                                 58,515,158,464
-#   together, sampling                                 68,263,105,344
+#   together, sampling                                 71,783,772,480
 # each step
 #   parameters                                         32,763,876,352
 #   tokens                                                 14,336,000

@@ -14,7 +14,7 @@
 #   pretraining, 51,930,432 parameters: 10,730,510,208 together; 65,536 tokens and 4.27e+13 FLOPs a
 #   step, 0.1 seconds at 40% of 989 TFLOP/s; 39,321,600 tokens, twice over the rows, whose pieces
 #   overlap: each token of the stories comes some ten times
-#   GRPO: 10,834,371,072 training, 8,616,615,552 sampling with 128 slots; 1.1 + 9.9 seconds a step
+#   GRPO: 10,834,371,072 training, 11,683,724,416 sampling with 128 slots; 1.1 + 9.9 seconds a step
 #   if every completion reached the cap
 set -euo pipefail
 cd "$(dirname "$0")/.."
