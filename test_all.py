@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import textwrap
@@ -49,6 +50,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -1826,13 +1828,12 @@ def documents_of(path, folder, seq_len=16):
 
 def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
     """Documents lost between rows or at the end, attention across them, targets from the next
-    document or within a prompt, or the same order in each epoch."""
+    document or within a prompt, or the same order in each epoch or with each seed."""
     tokenizer, orders = load_tokenizer(policy), []
     pairs = [("", f"{n} " * (n + 1)) for n in range(9)] + [("ask " * 5, "say " * 6), ("", "")]
     path = write_lines(tmp_path / "t.jsonl", [{"text": text} for _, text in pairs[:9]] + [
         {"prompt": prompt, "completion": text} for prompt, text in pairs[9:]])
-    documents = documents_of(path, policy)
-    tokens, targets, ends = [], [], []
+    documents, tokens, targets, ends = documents_of(path, policy), [], [], []
     for prompt, text in pairs:
         first, rest = (tokenizer.encode(part) for part in (prompt, text))
         whole = first + rest + [tokenizer.eos_token_id]
@@ -1846,16 +1847,18 @@ def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
     expected = [(tokens[start:start + 16], targets[start:start + 16], pieces(start).tolist())
                 for start in starts]
     assert documents.num_rows == len(expected)
-    for epoch in range(2):
+    for epoch, seed in ((0, 0), (1, 0), (0, 1)):
+        documents.seed, documents.epoch = seed, None
         found = [tuple(part.tolist() for part in documents.row(epoch * len(expected) + n))
                  for n in range(len(expected))]
         assert sorted(found) == sorted(expected)
         orders.append([expected.index(row) for row in found])
-    assert orders[0] != orders[1]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
 
 
-def test_rows_of_a_mixture_come_by_weight(policy, tmp_path):
-    """A rare source that rounds to nothing, shares that drift, or a place that a resume loses."""
+def test_rows_of_a_mixture_come_by_weight(policy, tmp_path, monkeypatch):
+    """A rare source that rounds to nothing, shares that drift, or a place that a resume loses;
+    other rows on a machine that lists its files in another order."""
     for name, count in (("a1", 3), ("a2", 4), ("b[1]", 2)):  # a name that looks like a glob
         write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} " * 40}] * count)
     data = {f"{tmp_path}/a*.jsonl": 0.99, f"{tmp_path}/b[1].jsonl": 0.01}
@@ -1869,6 +1872,9 @@ def test_rows_of_a_mixture_come_by_weight(policy, tmp_path):
     assert mixture.counts.tolist() == [990, 10] and 40 < rare.index(1) < 60
     for number in (700, 30, 999):  # forwards and back, as a resume reads
         assert mixture.row(number)[0].tolist() == rows[number]
+    glob = pretrain.glob.glob
+    monkeypatch.setattr(pretrain.glob, "glob", lambda *rest, **options:
+                        sorted(glob(*rest, **options), reverse=True))
     turned = pretrain.load_data(dict(reversed(data.items())), *options)
     assert [turned.row(number)[0].tolist() for number in range(60)] == rows[:60]
 
@@ -1887,10 +1893,17 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
     for _ in range(2):
         found = pretrain.Documents([path], tokenizer, 16, 0, tmp_path / "other", ALONE)
         assert found.key == other.key and found.tokens.tolist() == other.tokens.tolist()
-    path.rename(tmp_path / "v.jsonl")
+    path = path.rename(tmp_path / "v.jsonl")
     (tmp_path / "other" / found.key / "tokens.bin").write_bytes(b"")
     with pytest.raises(InputError, match="remove the folder"):
-        pretrain.Documents([tmp_path / "v.jsonl"], tokenizer, 16, 0, tmp_path / "other", ALONE)
+        pretrain.Documents([path], tokenizer, 16, 0, tmp_path / "other", ALONE)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)])  # as Llama's
+    begun = pretrain.Documents([path], tokenizer, 16, 0, tmp_path / "begun", ALONE)
+    assert begun.key != other.key and begun.tokens.tolist() == other.tokens.tolist()
+    tokenizer.chat_template = "another"
+    assert pretrain.content_key([path], tokenizer) != begun.key
 
 
 def test_what_a_killed_run_left_in_the_cache_is_removed(policy, tmp_path):
@@ -1904,7 +1917,22 @@ def test_what_a_killed_run_left_in_the_cache_is_removed(policy, tmp_path):
     handle = pretrain.hold(held)
     documents_of(path, policy)
     assert held.exists() and not left.exists()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755  # for all who share the cache
     os.close(handle)
+
+
+def test_two_runs_may_tokenise_the_same(policy, tmp_path, monkeypatch):
+    """The slower of two runs that were started together, ended by what it was about to write."""
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "one two three"}])
+    honest = pretrain.fill_tokens
+
+    def overtaken(paths, tokenizer, aside):
+        honest(paths, tokenizer, aside)
+        shutil.copytree(aside, aside.with_name(pretrain.content_key(paths, tokenizer)))
+
+    monkeypatch.setattr(pretrain, "fill_tokens", overtaken)
+    assert documents_of(path, policy).num_rows == 1
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
 
 
 def test_few_long_documents_are_tokenised_together():
@@ -2014,12 +2042,14 @@ def test_a_step_on_messages_equals_transformers(policy, tmp_path):
 
 
 def test_matrices_decay_and_the_schedule_warms_up(policy):
-    """Weight decay on norms and biases; a first step of rate 0, or a last one of full rate."""
+    """Weight decay on norms and biases; a first step of rate 0, or a last one of full rate; a
+    cosine that jumps where the warm-up ends."""
     decayed, kept = pretrain.make_optimizer(load_model(policy, "cpu"), 0.1, 0.95).param_groups
     assert decayed["weight_decay"] == 0.1 and all(p.dim() > 1 for p in decayed["params"])
     assert kept["weight_decay"] == 0 and all(p.dim() == 1 for p in kept["params"])
     rates = [pretrain.learning_rate(step, 100, 1.0, 10, "cosine") for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert rates[54] == pytest.approx(0.55)  # half way down
     assert sorted(rates[9:], reverse=True) == rates[9:]
 
 
@@ -2070,12 +2100,14 @@ def test_pretraining_resumes_bit_for_bit_and_only_with_its_state(lost, pretraini
 def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_run, tmp_path,
                                               capsys):
     """A checkpoint of another history taken for the one that is due; a run that starts anew, and
-    prunes what there is, because a link leads nowhere."""
+    prunes what there is, because a link leads nowhere; what a kill left of a save."""
     run, arguments = tmp_path / "run", pretraining + [f"out={tmp_path / 'run'}", "keep=9"]
     pretrain.main(arguments)
     edit_tensors(run / "checkpoint-000006", **{"model.norm.weight": torch.zeros(32)})
     pretrain.point_link(run / "latest", "checkpoint-000002")
+    (run / "checkpoint-000009.tmp").mkdir()
     pretrain.main(arguments)
+    assert not (run / "checkpoint-000009.tmp").exists()
     assert same(weights_of(run), weights_of(whole_tokens))
     assert os.readlink(run / "latest") == "checkpoint-000006"
     state, = (run / "checkpoint-000006" / "state").glob("*.distcp")
@@ -2106,6 +2138,15 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     pretrain.Run.prune(run)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         *names[:3], "checkpoint-2-of-mine-1"]
+
+
+def test_a_link_leads_somewhere_at_every_moment(tmp_path, monkeypatch):
+    """A kill between the removal of `latest` and its next."""
+    pretrain.point_link(tmp_path / "latest", "checkpoint-000001")
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(pretrain.os, "replace", None)
+        pretrain.point_link(tmp_path / "latest", "checkpoint-000002")
+    assert os.readlink(tmp_path / "latest") == "checkpoint-000001"
 
 
 class Stopwatch:
@@ -2168,7 +2209,8 @@ def test_a_run_that_saved_nothing_may_change(pretraining, tmp_path):
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    """Thirty lines of traceback for an end that was asked for."""
+    """Thirty lines of traceback for an end that was asked for; a training that cannot be ended
+    before its step is over."""
     def main(argv):
         raise KeyboardInterrupt
 
@@ -2178,12 +2220,27 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped; what was written is kept\n"
     with pytest.raises(KeyboardInterrupt):
         network.script(main)([])
+    run = types.SimpleNamespace(stop_asked=False)
+    pretrain.Run.ask_to_stop(run, signal.SIGINT, None)
+    pretrain.Run.ask_to_stop(run, signal.SIGTERM, None)
+    assert run.stop_asked
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.Run.ask_to_stop(run, signal.SIGINT, None)
 
 
 def test_a_run_without_rows_has_no_picture(tmp_path):
     """SIGTERM in the first evaluation, or a loss that never was finite, and a traceback."""
     draw_curves(tmp_path, grpo.PANELS)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_an_alarm_waits_for_the_picture():
+    """A rank that ends at once, and takes the one that draws with it."""
+    met = []
+    run = types.SimpleNamespace(is_main=False, ranks=types.SimpleNamespace(any=met.append))
+    with pytest.raises(SystemExit):
+        pretrain.Run.finish(run, {}, "alarm")
+    assert met == [False]
 
 
 def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch,
@@ -2247,11 +2304,28 @@ def run_main(ranks, main, arguments):
     main(arguments)  # joins the group that is there
 
 
+def stop_training(ranks, arguments):
+    """pretrain.py in steps of a second each, of which rank 1 alone is told to stop, in step 2."""
+    honest = pretrain.next_token_loss
+
+    def signalled(model, data, numbers, *rest):
+        if ranks.rank == 1 and numbers[0] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(model, data, numbers, *rest)
+
+    pretrain.next_token_loss = signalled
+    pretrain.time = types.SimpleNamespace(time=time.time, perf_counter=itertools.count().__next__)
+    pretrain.main(arguments)
+
+
 def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp_path):
-    """State that only the ranks which wrote it can read, or rows repeated or skipped."""
-    for world, steps in ((2, 2), (1, 4), (4, 6)):
-        run_on_ranks(world, run_main, pretrain.main,
-                     pretraining + [f"out={tmp_path}", f"steps={steps}"])
+    """State that only the ranks which wrote it can read, or rows repeated or skipped; a rank that
+    stops while the others go on, and wait for ever; the rate of one rank for that of all."""
+    arguments = pretraining + [f"out={tmp_path}"]
+    run_on_ranks(2, stop_training, arguments)
+    assert [row["tokens_per_second"] for row in read_log(tmp_path)] == [4 * 32] * 2
+    run_on_ranks(1, run_main, pretrain.main, arguments + ["steps=4"])
+    run_on_ranks(4, run_main, pretrain.main, arguments)
     check_same_run(tmp_path, whole_tokens)
 
 
@@ -2781,9 +2855,9 @@ def test_spearman_is_the_correlation_of_mean_ranks():
 # ---------------------------------------------------------------- grpo: the run
 
 LOG_KEYS = """step reward/length reward/format reward/writing words words/finished tokens
-    tokens/finished truncated repetition entropy grad_norm lr ratio/mean ratio/p99 ratio/outside zero_std/length
-    zero_std/format zero_std/writing correlation/length correlation/format correlation/writing
-    seconds/sample seconds/train tokens_per_second""".split()
+    tokens/finished truncated repetition entropy grad_norm lr ratio/mean ratio/p99 ratio/outside
+    zero_std/length zero_std/format zero_std/writing correlation/length correlation/format
+    correlation/writing seconds/sample seconds/train tokens_per_second""".split()
 EVAL_KEYS = ["eval/length", "eval/format", "eval/writing", "eval/spearman"]
 
 
@@ -2822,7 +2896,7 @@ def run_late(rank, folder, arguments, seconds):
         return honest_rewards(*arguments)
 
     def late(honest):
-        return lambda *arguments, **options: (time.sleep(seconds / 2), honest(*arguments, **options))
+        return lambda *rest, **options: (time.sleep(seconds / 2), honest(*rest, **options))
 
     grpo.setup = impatient_setup
     if rank == 1:
@@ -2877,8 +2951,12 @@ def test_a_run_leaves_its_log_checkpoints_and_samples(whole_run, policy):
 def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, training, tmp_path,
                                                     monkeypatch, capsys):
     """Sampling noise, prompts, moments or the log that start over at a resume; Ctrl-C in a
-    rollout that loses the last update or evaluation, logs a row twice, or ends in a traceback."""
-    arguments, calls = training + [f"out={tmp_path}", "steps=4"], []
+    rollout that loses the last update or evaluation, logs a row twice, or ends in a traceback; a
+    checkpoint written anew over the one that `latest` names."""
+    arguments, calls, saves = training + [f"out={tmp_path}", "steps=4"], [], []
+    save = pretrain.save_folder
+    monkeypatch.setattr(pretrain, "save_folder", lambda model, folder, dtype:
+                        saves.append(folder.name) or save(model, folder, dtype))
 
     def interrupted(trainer, step, verb=getattr(grpo.Trainer, cut_in, None)):
         calls.append(step)
@@ -2892,11 +2970,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(cut_in, at, whole_run, train
         monkeypatch.setattr(grpo.Trainer, cut_in, interrupted)
         grpo.main(arguments)
         assert "the same command goes on" in capsys.readouterr().out
+    if cut_in == "evaluate":  # what a kill leaves after the row is logged, before it is saved
+        sample.append_rows(tmp_path / "log.jsonl", [{"step": 4}])
     for words in "resumed from", "finished":
         grpo.main(arguments)
         assert words in capsys.readouterr().out
     assert same(weights_of(tmp_path), weights_of(whole_run))
     assert timeless_log(tmp_path) == timeless_log(whole_run)
+    assert saves == [f"checkpoint-00000{step}.tmp" for step in (1, 2, 3, 4)]
     check_error(grpo.main, arguments + ["num_samples=3"], "num_samples was 2 and is now 3", capsys)
 
 
@@ -3715,6 +3796,7 @@ def test_a_plan_counts_and_starts_nothing(script, tokens, tmp_path, capsys):
     found = dict(re.findall(r"^  (\S.*?) {2,}([\d,]+)$", capsys.readouterr().out, re.M))
     count = sum(p.numel() for p in theirs.parameters()) + 32 * (script is reward)
     assert found["parameters"] == f"{count:,}" and found["tokens"] == f"{tokens:,}"
+    assert found["tokens of the run"] == f"{tokens * script.CONFIG['steps']:,}"
     assert found["fp32 weights, two moments, gradient"] == f"{16 * count:,}"
     if script is grpo:
         cache = sample.Cache(load_model(str(tmp_path / "whole"), "cpu", torch.bfloat16), 64,
@@ -3722,6 +3804,19 @@ def test_a_plan_counts_and_starts_nothing(script, tokens, tmp_path, capsys):
         bytes_held = sum(x.nbytes for x in cache.k + cache.v)
         assert found["cache of 64 slots"] == f"{bytes_held:,}"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_shares_the_work(monkeypatch, capsys):
+    """The days of one GPU planned for 64."""
+    seconds, tokens = [], 512 * 32
+    monkeypatch.setattr(pretrain, "H100_FLOPS", 1e9)
+    for gpus in "14":
+        monkeypatch.setenv("WORLD_SIZE", gpus)
+        pretrain.main(["plan=true"])
+        found = re.search(r"TFLOP/s +([\d,.]+)", capsys.readouterr().out)[1]
+        seconds.append(float(found.replace(",", "")))
+    flops = tokens * network.flops_per_token(network.load_config("toy/policy")[1], 512)
+    assert seconds == pytest.approx([flops / 0.4e9, flops / 1.6e9], rel=1e-2)
 
 
 @pytest.mark.parametrize("module", [evaluate, grpo, pretrain, reward, sample, network])
