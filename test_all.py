@@ -1854,6 +1854,8 @@ def test_rows_hold_every_token_once_an_epoch(policy, tmp_path):
         assert sorted(found) == sorted(expected)
         orders.append([expected.index(row) for row in found])
     assert orders[0] != orders[1] and orders[0] != orders[2]
+    squares = sum(length ** 2 for *_, lengths in expected for length in lengths)
+    assert documents.mean_length() == squares / len(tokens)
 
 
 def test_rows_of_a_mixture_come_by_weight(policy, tmp_path, monkeypatch):
@@ -1865,6 +1867,8 @@ def test_rows_of_a_mixture_come_by_weight(policy, tmp_path, monkeypatch):
     options = load_tokenizer(policy), 32, 0, tmp_path / "tokens", ALONE
     mixture = pretrain.load_data(data, *options)
     assert len(mixture.parts[0].ends) == 7
+    common, rare = (part.mean_length() for part in mixture.parts)
+    assert mixture.mean_length() == pytest.approx(0.99 * common + 0.01 * rare) and common != rare
     rows, rare = [], []
     for number in range(1000):
         rows.append(mixture.row(number)[0].tolist())
@@ -2282,15 +2286,33 @@ def test_folders_and_rows_that_teach_nothing_are_named(pretraining, policy, tmp_
     check_error(pretrain.main, arguments + [f"data={path}"], "found only empty rows", capsys)
 
 
-def test_a_run_refuses_rows_that_have_changed(pretraining, tmp_path, capsys):
+def test_all_held_out_rows_count(pretraining, policy, tmp_path):
+    """A val_loss of the first rows alone, or of the weights before the step."""
+    path = write_lines(tmp_path / "v.jsonl", [{"text": f"say {n} words " * 9} for n in range(9)])
+    pretrain.main(pretraining + [f"out={tmp_path / 'run'}", "steps=1", f"val_data={path}"])
+    held_out = documents_of(path, policy, 32)
+    expected = pretrain.next_token_loss(load_model(tmp_path / "run" / "latest", "cpu"), held_out,
+                                        range(held_out.num_rows), ALONE, 8, False)
+    assert held_out.num_rows > 8
+    assert read_log(tmp_path / "run")[0]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("key", ["data", "val_data"])
+def test_a_run_refuses_rows_that_have_changed(key, pretraining, tmp_path, capsys):
     """Half a run on yesterday's file; or a config.json that no longer tells what was run."""
     path = write_lines(tmp_path / "t.jsonl", [{"text": "some rows " * 20}])
-    arguments = pretraining + [f"data={path}", f"out={tmp_path / 'run'}"]
+    arguments = pretraining + [f"{key}={path}", f"out={tmp_path / 'run'}"]
     pretrain.main(arguments + ["steps=1"])
     config = (tmp_path / "run" / "config.json").read_text()
     write_lines(path, [{"text": "other rows " * 20}])
     check_error(pretrain.main, arguments + ["steps=2"], "config.json: data_content was", capsys)
     assert (tmp_path / "run" / "config.json").read_text() == config
+
+
+def test_ranks_get_as_many_rows(pretraining, monkeypatch, capsys):
+    """A batch of four of which three ranks take three, and one row is lost."""
+    monkeypatch.setattr(pretrain, "setup", lambda: ALONE._replace(world=3))
+    check_error(pretrain.main, pretraining, "expected a multiple of the 3 ranks", capsys)
 
 
 def check_same_run(found, expected):
@@ -2323,7 +2345,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(pretraining, whole_tokens, tmp
     stops while the others go on, and wait for ever; the rate of one rank for that of all."""
     arguments = pretraining + [f"out={tmp_path}"]
     run_on_ranks(2, stop_training, arguments)
-    assert [row["tokens_per_second"] for row in read_log(tmp_path)] == [4 * 32] * 2
+    assert [(row["tokens"], row["tokens_per_second"]) for row in read_log(tmp_path)] == [
+        (4 * 32, 4 * 32), (2 * 4 * 32, 4 * 32)]
     run_on_ranks(1, run_main, pretrain.main, arguments + ["steps=4"])
     run_on_ranks(4, run_main, pretrain.main, arguments)
     check_same_run(tmp_path, whole_tokens)
