@@ -116,17 +116,14 @@ def drop_unreachable(rows, tokenizer, max_tokens):
 # ---------------------------------------------------------------- roll out and score
 
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
-    """What score_responses tells of each completion, with its place; writing is 0 without a
-    judge."""
-    mine = completions[ranks.rank::ranks.world]
+    """What score_responses tells of each completion; writing is 0 without a judge."""
+    mine = ranks.part(completions)
     texts = [tokenizer.decode(c.tokens) for c in mine]
     scored = score_responses([
         rows[c.prompt] | {"response": find_answer(text, template), "completion": text,
                           "finish": c.finish} for c, text in zip(mine, texts)],
         judge, template, length_max)
-    for c, rewards in zip(mine, scored):
-        rewards |= {"place": (c.prompt, c.sample)} | ({} if judge else {"writing": 0.0})
-    return sorted(ranks.gather(scored), key=lambda rewards: rewards["place"])
+    return ranks.gather([rewards | ({} if judge else {"writing": 0.0}) for rewards in scored])
 
 
 def replace_groups(batch, dead, prompts, completions, scored):
@@ -134,9 +131,9 @@ def replace_groups(batch, dead, prompts, completions, scored):
     batch, num_samples = [list(part) for part in batch], len(completions) // len(dead)
     for c, rewards in zip(completions, scored):
         place = dead[c.prompt]
-        new = prompts[c.prompt], c._replace(prompt=place), rewards | {"place": (place, c.sample)}
         i = place * num_samples + c.sample
-        batch[0][place], batch[1][i], batch[2][i] = new
+        batch[0][place], batch[1][i] = prompts[c.prompt], c._replace(prompt=place)
+        batch[2][i] = rewards
     return batch
 
 

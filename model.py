@@ -243,6 +243,11 @@ class Ranks(NamedTuple):
         """Whether what is trained is sharded over the ranks: on CUDA always, a mesh of one too."""
         return self.world > 1 or self.is_cuda
 
+    def part(self, items):
+        """This rank's part of a list that all have; gather joins the parts in order."""
+        start, end = (len(items) * rank // self.world for rank in (self.rank, self.rank + 1))
+        return items[start:end]
+
     def gather(self, items):
         """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
         if self.world == 1:

@@ -1013,8 +1013,7 @@ def print_components(config):
                                path.with_name("judge.jsonl"), config["concurrency"])
     else:
         print_once(f"model={config['model']} has no score head: writing is not scored")
-    mine = slice(*(len(rows) * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1)))
-    scored = ranks.gather(score_responses(rows[mine], writing, config["template"],
+    scored = ranks.gather(score_responses(ranks.part(rows), writing, config["template"],
                                           config["length_max"]))
     if ranks.rank:
         return

@@ -3103,8 +3103,7 @@ def test_groups_without_advantage_give_way(training, tmp_path, monkeypatch):
         tried.append([row["id"] for row in rows])
         return [{"length": 0.5 if len(tried) == 1 and c.prompt == 0 else float(c.sample),
                  "format": 1.0, "writing": 0.0, "repetition": 0.0, "words": 3,
-                 "place": (c.prompt, c.sample), "answer": tokenizer.decode(c.tokens),
-                 "completion": ""} for c in completions]
+                 "answer": tokenizer.decode(c.tokens), "completion": ""} for c in completions]
 
     monkeypatch.setattr(grpo, "score", equal_at_first)
     monkeypatch.setattr(grpo.Trainer, "evaluate", lambda trainer, step: dict.fromkeys(EVAL_KEYS, 0))
