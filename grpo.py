@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from model import (InputError, build_model, compute_dtype, context_length, copy_weights,
-                   count_parameters, flops_per_token, join_share, let_go, load_config,
+                   count_parameters, flatten, flops_per_token, join_share, let_go, load_config,
                    load_for_training, load_tokenizer, parse_config, print_once, sampling_plan,
                    script, setup, write_text)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
@@ -217,20 +217,16 @@ def pack_tensors(sequences, device, fill=0):
     and is left out. Up to `fill` tokens a last sequence without targets makes one shape of all
     packs."""
     empty = [Sequence([0], [0], [0.0], 0.0, 0.0)]  # a rank without work takes part all the same
-    tokens, targets, cu_seqlens, per_token = [], [], [0], []
+    inputs, targets, per_token = [], [], []
     for place, s in enumerate(sequences or empty):
-        tokens += (s.prompt + s.completion)[:-1]
+        inputs.append((s.prompt + s.completion)[:-1])
         targets += [-1] * (len(s.prompt) - 1) + s.completion
-        cu_seqlens.append(len(tokens))
         per_token += [(logprob, s.advantage, s.weight, place) for logprob in s.logprobs]
-    if (missing := fill - len(tokens)) > 0:
-        tokens += [0] * missing
+    if (missing := fill - len(targets)) > 0:
+        inputs.append([0] * missing)
         targets += [-1] * missing
-        cu_seqlens.append(fill)
     sampled, advantages, weights, sequence = torch.tensor(per_token, device=device).T
-    return (torch.tensor(tokens, device=device),
-            torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
-            torch.tensor(targets, device=device),
+    return (*flatten(inputs, device), torch.tensor(targets, device=device),
             (sampled, advantages, weights, sequence.long()))
 
 

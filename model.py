@@ -19,6 +19,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -436,6 +437,13 @@ def rotate(x, cos, sin):
     """Rotary embedding of x (N, heads, D), Qwen2's half-split layout: (a, b) becomes
     (a cos - b sin, b cos + a sin), with cos (N, 1, D) of both halves and sin as (-sin, sin)."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+def flatten(sequences, device):
+    """tokens (N,) and cu_seqlens (S+1,) of sequences of tokens, for one forward pass."""
+    tokens = torch.cat([torch.as_tensor(sequence) for sequence in sequences]).long()
+    ends = itertools.accumulate(map(len, sequences), initial=0)
+    return tokens.to(device), torch.tensor([*ends], dtype=torch.int32, device=device)
 
 
 class Span(NamedTuple):

@@ -49,8 +49,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flops_per_token,
-                   is_scorer, let_go, load_config, load_for_training, load_model,
+from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flatten,
+                   flops_per_token, is_scorer, let_go, load_config, load_for_training, load_model,
                    load_tokenizer, parse_config, print_once, script, setup, write_text,
                    writes_to)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
@@ -318,13 +318,6 @@ def judged_tokens(tokenizer, texts, max_len):
                       dtype=np.int32), len(tokens) > max_len) for tokens in found]
 
 
-def score_packed(model, sequences, device):
-    """Scores (S,) of sequences of tokens, in one forward pass."""
-    cu_seqlens = np.cumsum([0, *map(len, sequences)])
-    return model(torch.tensor(np.concatenate(sequences), dtype=torch.long, device=device),
-                 torch.tensor(cu_seqlens, dtype=torch.int32, device=device))
-
-
 def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None):
     """Scores, a list, of sequences that all ranks have; collective, with as many forward passes
     on each rank and like costs. Every `together` in a row share a pass. loss: of the scores of
@@ -337,7 +330,7 @@ def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None
         mine = [together * place + i for place in pack for i in range(together)]
         part = [sequences[place] for place in mine]
         with torch.set_grad_enabled(loss is not None):  # a rank without work takes part
-            scores = score_packed(model, part or [[0]], ranks.device)[:len(part)]
+            scores = model(*flatten(part or [[0]], ranks.device))[:len(part)]
         if loss:  # FSDP averages over ranks; the loss is a sum
             (loss(scores.view(-1, together)) * ranks.world).backward()
         places += mine

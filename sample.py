@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch.fx.experimental import _config as shape_config
 from tqdm import tqdm
 
-from model import (SHARE_SECONDS, WHOLE, InputError, context_length, die, has_decode_kernel,
-                   head_size, join_share, load_for_sampling, open_folder, parse_config, print_once,
-                   script, setup, split_config, writes_to)
+from model import (SHARE_SECONDS, WHOLE, InputError, context_length, die, flatten,
+                   has_decode_kernel, head_size, join_share, load_for_sampling, open_folder,
+                   parse_config, print_once, script, setup, split_config, writes_to)
 
 CONFIG = dict(
     model="toy/policy",   # folder or hub name
@@ -600,11 +600,8 @@ class Engine:
         """Keys and values of a pack of prompts into P slots, in one pass; their next logits. A
         prompt of more than PREFILL_TOKENS is alone, and comes in chunks."""
         chunks = [self.prompts[prompt][past:past + PREFILL_TOKENS] for prompt in pack]
-        ends = itertools.accumulate(map(len, chunks))
         self.cache.use_for_prefill(slots, past)
-        logits = self.model(torch.tensor(sum(chunks, []), device=self.device),
-                            torch.tensor([0, *ends], dtype=torch.int32, device=self.device),
-                            cache=self.cache)
+        logits = self.model(*flatten(chunks, self.device), cache=self.cache)
         self.next_logits |= dict(zip(pack, logits))
 
     def length(self, slot):
