@@ -784,39 +784,6 @@ def marked(text, spans):
     return tag("div", *parts, text[place:], class_="text")
 
 
-def bar(value, low, high, least, most):
-    """A bar from least to value on the scale least..most, with a line over its interval."""
-    at = lambda x: 100 * min(1.0, max(0.0, (x - least) / (most - least)))
-    style = [f"left:{at(a):.1f}%;width:{max(0.5, at(b) - at(a)):.1f}%"
-             for a, b in ((least, value), (low, high))]
-    return tag("span", tag("i", style=style[0]), tag("b", style=style[1]), class_="bar")
-
-
-def scatter(points):
-    """Words {name: [(asked, written)]} on logarithmic axes of one scale, the diagonal drawn; 0 is
-    at the edge."""
-    left, right, top, bottom = 48, 412, 8, 264
-    every = [max(1, x) for pairs in points.values() for pair in pairs for x in pair] or [1]
-    low, high = math.log10(min(every)), math.log10(max(every) * 1.1 + 1)
-    place = lambda x: (math.log10(max(x, 10 ** low)) - low) / (high - low)
-    at = lambda x, y: (left + place(x) * (right - left), bottom - place(y) * (bottom - top))
-    parts = [tag("line", x1=left, y1=bottom, x2=right, y2=top, stroke_dasharray="4"),
-             tag("text", "asked", x=220, y=294, text_anchor="middle"),
-             tag("text", "written", x=left, y=6, dominant_baseline="middle")]
-    for tick in [d * 10 ** e for e in range(8) for d in ((1, 2, 5) if high - low < 2 else (1,))]:
-        if low <= math.log10(tick) <= high:
-            x, y = (round(part) for part in at(tick, tick))
-            parts += [tag("line", x1=x, x2=x, y1=bottom, y2=top),
-                      tag("line", x1=left, x2=right, y1=y, y2=y),
-                      tag("text", f"{tick:,}", x=x, y=bottom + 14, text_anchor="middle"),
-                      tag("text", f"{tick:,}", x=left - 4, y=y + 4, text_anchor="end")]
-    for number, (name, pairs) in enumerate(points.items()):
-        dots = [tag("circle", tag("title", f"{name}: {x:,} asked, {y:,} written"), r=3,
-                    cx=f"{at(x, y)[0]:.1f}", cy=f"{at(x, y)[1]:.1f}") for x, y in pairs]
-        parts.append(tag("g", *dots, style=f"fill:var(--c{number % 6})", fill_opacity=0.7))
-    return tag("svg", *parts, viewBox="0 0 440 300", width=440)
-
-
 # ---------------------------------------------------------------- Bradley-Terry training
 
 def pair_row(row, number):

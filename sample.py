@@ -256,12 +256,6 @@ def count_words(text):
     return len(find_words(text))
 
 
-def count_words_longwriter(text):
-    """LongWriter's count, for LongBench-Write: Han characters of the basic block, and runs of
-    Latin letters that touch no other letter, digit or underscore."""
-    return len(re.findall(r"[\u4e00-\u9fff]|\b[a-zA-Z]+\b", text))
-
-
 def render_chat(tokenizer, turns, to_answer):
     """A conversation of {"role", "content"} as text, by the checkpoint's own chat template where
     it has one; to_answer opens the assistant's turn."""

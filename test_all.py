@@ -1194,7 +1194,7 @@ def test_every_han_kana_and_hangul_character_is_a_word():
     ("カタ 한국 面包", 2), ("", 0)])
 def test_longwriters_own_count_is_kept_apart(text, words):
     """LongBench-Write scored by a better count than the one that its published scores used."""
-    assert sample.count_words_longwriter(text) == words
+    assert evaluate.count_words_longwriter(text) == words
 
 
 @pytest.mark.parametrize("completion, template, answer", [
