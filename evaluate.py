@@ -40,9 +40,9 @@ import numpy as np
 from model import (InputError, context_length, find_commit, is_scorer, join_share, load_config,
                    load_for_sampling, open_folder, parse_config, print_once, script, setup,
                    write_text)
-from reward import (Cache, Endpoint, Judge, Verdict, clean, fence, fill, find_copies,
-                    format_fault, is_url, join, marked, page, response_row, table, tag)
-from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words, deal,
+from reward import (Cache, Endpoint, Judge, Verdict, clean, fence, fill, find_copies, format_fault,
+                    is_url, join, marked, page, response_row, table, tag)
+from sample import (END, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words, deal,
                     encode, find_answer, find_words, generate, has_han, load_prompts, load_rows)
 
 CONFIG = dict(
@@ -251,7 +251,7 @@ class Folder:
         for c in generate(model, prompts, work, stops, **self.options):
             if self.share.rank:
                 continue
-            text = re.sub(r"(<\|endoftext\|>|<\|im_end\|>)\s*$", "", tokenizer.decode(c.tokens))
+            text = re.sub(END, "", tokenizer.decode(c.tokens))
             on_reply(c.prompt, {"reply": text, "thinking": "", "model": self.name,
                                 "finish": c.finish,
                                 "tokens": [len(prompts[c.prompt]), len(c.tokens)]})

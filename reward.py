@@ -51,13 +51,11 @@ from tqdm import tqdm
 
 from model import (SCORES, InputError, Ranks, compute_dtype, context_length, flatten,
                    flops_per_token, is_scorer, let_go, load_config, load_for_training, load_model,
-                   load_tokenizer, parse_config, print_once, script, setup, write_text,
-                   writes_to)
+                   load_tokenizer, parse_config, print_once, script, setup, write_text, writes_to)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, content_key, draw_places, make_optimizer,
                       make_packs, print_plan, train)
-from sample import (FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
-                    load_rows, normalise_text, prompt_row, read_done, render_chat,
-                    word_pattern)
+from sample import (END, FILLERS, LIMITS, append_rows, count_words, find_answer, load_prompts,
+                    load_rows, normalise_text, prompt_row, read_done, render_chat, word_pattern)
 
 CONFIG = dict(
     model="toy/policy",          # training: the language model to start from; scoring: a folder
@@ -145,7 +143,7 @@ def format_fault(completion, template="think"):
             return f"{found.count(tag) or 'no'} {tag}"
     if found != tags:
         return f"{found[0]} before {tags[0]}" if found[0] != tags[0] else "nested tags"
-    parts = re.split("|".join(tags), re.sub(r"(<\|endoftext\|>|<\|im_end\|>)\s*$", "", completion))
+    parts = re.split("|".join(tags), re.sub(END, "", completion))
     if len(parts) != len(tags) + 1:
         return "a tag in disguise"
     if any(part.strip() for part in parts[::2]):

@@ -66,6 +66,7 @@ LIMITS = dict(template=["think", "direct", "chat"], max_tokens=1, temperature=0,
               top_k=0, slots=1, sample_tp=1)
 OPTIONS = ("temperature", "top_p", "top_k", "seed", "compile_decode")  # of generate as well
 STOP_STRINGS = ("</answer>", "<|user|>")
+END = r"(<\|endoftext\|>|<\|im_end\|>)\s*$"  # of a completion that a stop token ended
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
 MIN_ROWS = 16   # below this, fp32 matrix products change in the last bit with the number of rows
 PREFILL_TOKENS = 2048  # of prompts read in one pass; more was no faster on a CPU
@@ -301,7 +302,7 @@ def encode_prompts(tokenizer, template, rows, context, max_tokens):
 def find_answer(completion, template):
     """The answer alone: what <answer> holds, closed or not, or "" without one; in chat, where
     there may be no tags, the text after any thinking."""
-    completion = re.sub(r"(<\|endoftext\|>|<\|im_end\|>|<\|user\|>)\s*$", "", completion)
+    completion = re.sub(rf"{END}|<\|user\|>\s*$", "", completion)
     # some chat templates open <think> in the prompt (QwQ, R1)
     before = r"^.*?</think>" if template == "chat" else r"^\s*<think>.*?</think>"
     completion = re.sub(before, "", completion, count=1, flags=re.DOTALL)
