@@ -40,8 +40,8 @@ import numpy as np
 from model import (InputError, context_length, find_commit, is_scorer, join_share, load_config,
                    load_for_sampling, open_folder, parse_config, print_once, script, setup,
                    write_text)
-from reward import (Cache, Endpoint, Judge, Verdict, clean, fence, fill, find_copies, format_fault,
-                    is_url, join, marked, page, response_row, table, tag)
+from reward import (AnswerFile, Endpoint, Judge, Verdict, clean, fence, fill, find_copies,
+                    format_fault, is_url, join, marked, page, response_row, table, tag)
 from sample import (END, LIMITS, MIN_ROWS, STOP_STRINGS, Stops, apply_template, count_words, deal,
                     encode, find_answer, find_words, generate, has_han, load_prompts, load_rows)
 
@@ -277,7 +277,7 @@ def read_text(row, template):
 
 def generate_texts(name, source, items, template, out, ranks):
     """A Text for each item; also written as response rows, for reward.py and other scripts."""
-    rows = Cache(source, out / "generated.jsonl").answer(
+    rows = AnswerFile(source, out / "generated.jsonl").answer(
         [item.prompt for item in items], range(len(items)), told=name,
         labels=[{"index": item.id, "name": name} for item in items])
     texts = [read_text(row, template) for row in rows]

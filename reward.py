@@ -588,7 +588,7 @@ class Endpoint:
             return row, wait if code in (408, 409, 425, 429) or code >= 500 else None  # may pass
 
 
-class Cache:
+class AnswerFile:
     """A model's answers, each appended to a file of JSON lines as soon as it is there, under a
     hash of all that determines it; what the file holds is not asked again. A failed call is
     written too, with its error, and asked again by the next run."""
@@ -655,15 +655,15 @@ class Judge:
     """A model that is asked for verdicts; `verdicts` are those of the last scores."""
 
     def __init__(self, source, path):
-        self.cache, self.verdicts = Cache(source, path), []
+        self.file, self.verdicts = AnswerFile(source, path), []
 
     def ask(self, questions, **options):
         """A Verdict for each (text, fields); a reply without one gives way to a fresh one, up to
-        TRIES; a call that failed is not tried again here. options: those of Cache.answer."""
+        TRIES; a call that failed is not tried again here. options: those of AnswerFile.answer."""
         texts = [text for text, _ in questions]
         verdicts, left = [None] * len(texts), list(range(len(texts)))
         for attempt in range(TRIES):
-            rows = self.cache.answer(texts, left, attempt, **options)
+            rows = self.file.answer(texts, left, attempt, **options)
             for place, row in zip(left, rows):
                 verdicts[place] = self.read(row, questions[place][1])
             left = [place for place, row in zip(left, rows)
