@@ -400,11 +400,11 @@ def ask_about(bench, template, items, texts, models):
 
     fenced = {name: [fence(text.response) for text in some] for name, some in texts.items()}
     for place, item in enumerate(items):
-        for name in models if bench != "arena_write" else ():
+        for name in models:
             response = fenced[name][place]
             if bench == "longbench_write":
                 ask(place, (name,), "quality", QUALITY, response=response)
-            for criterion in item.criteria:
+            for criterion in item.criteria:  # WritingBench's
                 ask(place, (name,), criterion["name"], SCORE, response=response,
                     criteria=clean(show_criterion(criterion)))
         for names in arena_pairs(models, item.baselines) if bench == "arena_write" else ():
@@ -676,7 +676,7 @@ def hash_file(path):
 
 def number(x):
     """8.12, 0.97, 1,043; - for none."""
-    return "-" if x is None or math.isnan(x) else f"{x:,.{0 if abs(x) >= 100 else 2}f}"
+    return "-" if x is None else f"{x:,.{0 if abs(x) >= 100 else 2}f}"
 
 
 def grid(models, key, cell):

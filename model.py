@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -633,7 +633,7 @@ def split_config(config, share):
                              f"{config[key]}")
         local[key] = config[key] // share.size
     rows = share.most(config["vocab_size"])
-    local["vocab_size"] = len(range(config["vocab_size"])[share.rank * rows:][:rows])
+    local["vocab_size"] = min(rows, max(0, config["vocab_size"] - share.rank * rows))
     return config | local
 
 
@@ -947,7 +947,6 @@ def find_folder(name, with_weights=False):
         return folder
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{name}: no such folder, and not a hub name like Qwen/Qwen2.5-7B")
-    from huggingface_hub import snapshot_download
     patterns = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * with_weights
     for is_local in True, False:
         try:

@@ -173,14 +173,14 @@ class Run:
         """The folder that latest names, or None, and what a script saved beside its weights: small
         and JSON."""
         latest = self.folder / "latest"
-        if latest.is_symlink() and not latest.exists():
-            raise InputError(f"{latest}: expected a checkpoint, found a link to "
-                             f"{os.readlink(latest)}, which is not there; point it at another")
-        if latest.exists() and not latest.is_symlink():
+        if not os.path.lexists(latest):
+            return None, {"step": 0}
+        if not latest.is_symlink():
             raise InputError(f"{latest}: expected a link to a checkpoint, found a folder; name it "
                              "checkpoint-NNNNNN, by its step, and link to that")
         if not latest.exists():
-            return None, {"step": 0}
+            raise InputError(f"{latest}: expected a checkpoint, found a link to "
+                             f"{os.readlink(latest)}, which is not there; point it at another")
         checkpoint = latest.resolve()
         told = checkpoint / "state" / "run.json"
         if not told.exists():

@@ -354,7 +354,7 @@ def shift_right(x, bits):
     return (x >> bits).bitwise_and_((1 << 32 - bits) - 1)  # int32 shifts keep the sign: mask it
 
 
-def scramble(x, key=0):
+def scramble(x, key):
     """A bijective hash of int32 (the multipliers are lowbias32's); arithmetic wraps."""
     x = x ^ shift_right(x, 16)
     x.mul_(0x7FEB352D).add_(key)
