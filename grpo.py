@@ -446,7 +446,7 @@ class Trainer:
         what it took, for the log."""
         if self.sampler is self.model:
             return
-        self.ranks.any(False)
+        self.ranks.meet()
         start = time.perf_counter()
         if self.ranks.is_cuda:
             torch.cuda.empty_cache()

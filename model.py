@@ -88,7 +88,7 @@ def script(main):
         try:
             main(arguments)
             if dist.is_initialized() and not had_group:
-                setup().any(False)  # the slowest may take longer than a collective waits
+                setup().meet()
         except (InputError, FloatingPointError) as error:  # of a model: logits that are not finite
             if is_first_to_fail():
                 tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own
@@ -253,14 +253,13 @@ class Ranks(NamedTuple):
         """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
         if self.world == 1:
             return items
-        self.any(False)
+        self.meet()
         parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def any(self, flag):
-        """Whether any rank says so. All ranks meet at the store, however long the slowest takes,
-        so a collective after it starts with all of them there."""
+        """Whether any rank says so; all meet at the store."""
         if self.world == 1:
             return flag
         meeting = self.store.add(f"meetings/{self.rank}", 1)
@@ -268,6 +267,11 @@ class Ranks(NamedTuple):
         said = self.wait_for([f"meeting {meeting}/{rank}" for rank in range(self.world)])
         self.store.delete_key(f"meeting {meeting - 1}/{self.rank}")  # all came here, all read it
         return b"1" in said
+
+    def meet(self):
+        """Wait until all ranks are here, however long the slowest takes; a collective waits for
+        a limited time, and so comes after."""
+        self.any(False)
 
     def wait_for(self, keys):
         """What the store holds under keys, once it is there; signals are heard meanwhile."""
@@ -378,7 +382,7 @@ def open_folder(config, ranks, may_differ=()):
                                  "another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
             write_whole(path, json.dumps(run, indent=2) + "\n")
-    ranks.any(False)
+    ranks.meet()
 
 
 def find_commit():
@@ -863,7 +867,7 @@ def join_share(ranks, size):
         raise InputError(f"sample_tp={size}: expected a divisor of the {count} ranks of a node")
     if size == 1:
         return WHOLE
-    ranks.any(False)  # the slowest to load may take longer than the group waits
+    ranks.meet()
     group, _ = dist.new_subgroups(size, timeout=timedelta(seconds=SHARE_SECONDS))
     return Share(ranks.rank % size, size, group)
 
@@ -1167,7 +1171,7 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
             save_file(tensors, folder / file, metadata={"format": "pt"})
             # safetensors 0.8 lets nobody but the owner read it
             shutil.copymode(folder / "config.json", folder / file)
-        ranks.any(False)  # a slow disk may take longer than a collective waits
+        ranks.meet()  # rank 0 has written
     if is_writer and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -231,7 +231,7 @@ class Run:
         if self.is_main:
             draw_curves(self.folder, panels)
         if alarm:
-            self.ranks.any(False)  # rank 0 has drawn
+            self.ranks.meet()  # rank 0 has drawn
             sys.exit(f"stopped: {alarm}" if self.is_main else 1)
 
     def restore(self, model, optimizer):
@@ -266,7 +266,7 @@ class Run:
             raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
                              f"{cause_of(error)}; earlier checkpoints are intact") from None
         self.saved = step
-        self.ranks.any(False)
+        self.ranks.meet()
         return target
 
     def write_aside(self, aside, model, optimizer):

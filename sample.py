@@ -844,7 +844,7 @@ def answer_file(model, tokenizer, stops, rows, prompts, config, ranks):
                             "completion": text, "prompt": row["prompt"], "length": row["length"],
                             "finish": c.finish}])
         ranks.store.add("answered", 1)
-    ranks.any(False)
+    ranks.meet()
     bar.n = len(done) + ranks.store.add("answered", 0)
     bar.close()
     if ranks.rank == 0:

@@ -2380,7 +2380,7 @@ def crash_a_rank(rank, arguments, is_elsewhere):
         if numbers[0] == 8 and rank == 1:
             raise KeyError("the bug")
         if numbers[0] == 8 and is_elsewhere:
-            ranks.any(False)
+            ranks.meet()
         return honest(model, data, numbers, ranks, *rest)
 
     pretrain.next_token_loss = spoiled
