@@ -415,8 +415,9 @@ class Trainer:
         longest = max(map(len, self.prompts + self.eval_prompts))
         memory = torch.cuda.mem_get_info()[1] if ranks.is_cuda else 0
         self.slots = min(ranks.gather([plan_sampling(config, ranks.world, memory, longest)[2]]))
-        self.sync = {}  # what the last bringing of weights took
-        self.rollouts, self.shown = 0, 0.0  # names in the store are used once; when shown last
+        self.sync = {}     # log keys of the last bring_weights
+        self.rollouts = 0  # so far: each has names of its own in the store
+        self.shown = 0.0   # when the bar was last drawn
         self.stops = Stops(self.tokenizer, STOP_STRINGS, self.model.num_tokens)
         self.reference = None
         if config["kl"]:

@@ -5,7 +5,7 @@
 
 Shapes: N tokens, S sequences, H query heads, K key/value heads, D head size, C hidden size,
 L layers, V vocabulary. There is no batch dimension: a call takes one vector of tokens (N,) and
-cu_seqlens (S+1,), the running sum of the sequences' lengths, so nothing is ever padded.
+cu_seqlens (S+1,), the running sum of the sequences' lengths, so no sequence is padded.
 
 1. A model's config is the dict of its config.json; parameters carry the checkpoint's names, so
    loading is strict and every folder written here opens in transformers unchanged.
@@ -65,9 +65,9 @@ CONFIG = dict(
     sample_tp=1,         # GPUs that share one copy of the sampling weights
     max_tokens=14_000,   # prompt and completion: of a pack in training, of a cache in sampling
 )
-LANGUAGE, SCORES = "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"  # heads that there are
-WATCHES = []  # of this process: one while there is a process group
-SHARE_SECONDS = 300  # a collective among ranks that sample together takes milliseconds
+LANGUAGE, SCORES = "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"  # all that is supported
+WATCHES = []  # this process's PeerWatch, while there is a group of several ranks
+SHARE_SECONDS = 300  # then a rank of a share counts as lost; its collectives take milliseconds
 HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
 
 
@@ -105,7 +105,7 @@ def script(main):
             if argv is not None:  # called from Python
                 raise
             sys.exit(130)  # 128 and the number of SIGINT
-        except BaseException:  # an end that was asked for
+        except BaseException:  # sys.exit: the store hears of it, so that no rank waits for this one
             is_first_to_fail()
             raise
         finally:
@@ -118,7 +118,7 @@ def script(main):
 
 
 def show_help(main):
-    """What stands at the top of main's file: its docstring, and CONFIG with its comments."""
+    """Print what stands at the top of main's file: its docstring, and CONFIG with its comments."""
     module = inspect.getmodule(main)
     keys = inspect.getsource(module).partition("\nCONFIG = dict(\n")[2].partition("\n)")[0]
     print_once(f"{module.__doc__}\nKeys and their defaults:\n\n{keys}")
@@ -128,7 +128,8 @@ def show_help(main):
 
 
 def is_first_to_fail():
-    """Whether no other rank has failed before; before ranks know of each other, rank 0 has."""
+    """Whether this rank fails before all others, and so is the one to tell; noted in the store.
+    Without a process group it is rank 0."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     try:
@@ -186,8 +187,8 @@ def is_alive(pid):
 
 
 def parse_value(key, text, default, may_be_json=False):
-    """One command-line value in the type of the default; dicts and lists are JSON, and some texts
-    may be instead ({"file": weight})."""
+    """One command-line value in the type of the default; dicts and lists are JSON, and a text
+    that may_be_json may hold either ({"file": weight})."""
     kind = type(default)
     try:
         if kind is str:
@@ -283,18 +284,19 @@ class Ranks(NamedTuple):
 
 
 def print_once(line):
-    """Of the ranks, which all know it, one tells."""
+    """Print on rank 0 what all ranks know."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
 
 def fresh_store(store):
-    """A restart's store without what the attempt before left in it: torchrun may keep its own."""
+    """The store under a prefix for each attempt, where torchrun keeps one for all of them: a
+    restart must not find what the attempt before left."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # nodes do not count alike
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":  # each node has a count of its own
         raise InputError("restarts on several nodes: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
                          "in the environment of torchrun, found none")
     return store
@@ -461,7 +463,7 @@ class Span(NamedTuple):
 
 
 def runs_flash(x):
-    """Whether FlashAttention and its kind take x, and read sequences' lengths on the device."""
+    """Whether FlashAttention takes x; its kernels read the sequences' lengths on the device."""
     return x.is_cuda and x.dtype != torch.float32
 
 
@@ -514,7 +516,7 @@ if triton:
         """One sequence, one key head with its GROUP queries (of HEADS places), one part of the
         keys: softmax over them as they come, and the logarithm of its sum.
 
-        Of the arguments only what must change does: torch.compile makes float64 of a float, and
+        Neither the scale nor a stride is an argument: torch.compile makes float64 of a float, and
         loads two bytes at a time along a stride that it cannot prove to be even."""
         row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         num_heads, splits = tl.num_programs(1), tl.num_programs(2)
@@ -621,7 +623,7 @@ class Share(NamedTuple):
         return bool(self.sum(torch.tensor(int(flag))))
 
     def most(self, count):
-        """Of so many rows, those of each rank; the last may have fewer."""
+        """Rows of each rank, of `count` in all; the last ranks may have fewer."""
         return -(-count // self.size)
 
 
@@ -916,7 +918,7 @@ def shard(model, ranks, offload=False):
 
 
 def let_go(model):
-    """Of what FSDP keeps gathered after a forward pass without a backward one: the root."""
+    """Free what FSDP keeps gathered when no backward pass follows: the root's parameters."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
@@ -1089,7 +1091,7 @@ def build_model(config, device, dtype=torch.float32, ranks=None, share=WHOLE, re
         split(model)
     if ranks and ranks.shards:
         shard(model, ranks, offload)
-    if compile:  # without four lines on what recomputed code must not do, and does not
+    if compile:  # without torch's warning that recomputed code must not work in place: none does
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in model.model.layers:
             block.forward = torch.compile(block.forward)
@@ -1128,7 +1130,7 @@ def load_for_training(keys, ranks, **options):
 
 
 def compute_dtype(ranks):
-    """Of weights that nobody trains: to compute with, or to export."""
+    """The dtype of weights that are not trained: a sampler's, a reward model's, an export's."""
     return torch.bfloat16 if ranks.is_cuda else torch.float32
 
 
@@ -1180,7 +1182,7 @@ def save_folder(model, folder, dtype, max_bytes=5_000_000_000):
 # ---------------------------------------------------------------- the plan of a folder
 
 def count_parameters(config):
-    with torch.device("meta"):  # of the ends alone, and with one block
+    with torch.device("meta"):  # without blocks, and with one
         ends, one = (sum(p.numel() for p in Qwen2(config | {"num_hidden_layers": n}).parameters())
                      for n in (0, 1))
     return ends + config["num_hidden_layers"] * (one - ends)

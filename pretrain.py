@@ -137,7 +137,7 @@ class Run:
     """A run's folder: where its log and checkpoints go, where it resumes, when it has to stop."""
 
     def __init__(self, config, ranks):
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, alone: intended
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, of one process
         self.config, self.ranks, self.folder = config, ranks, Path(config["out"])
         self.is_main = ranks.rank == 0
         if config["wandb"] and not importlib.util.find_spec("wandb"):
@@ -283,7 +283,7 @@ class Run:
 
     def publish(self, aside, target, links):
         """What was written aside becomes a checkpoint that links name; older ones go."""
-        place = aside if aside.exists() else target  # there, what is told of them may be new
+        place = aside if aside.exists() else target  # saved before: only run.json may be new
         write_whole(place / "state" / "run.json", json.dumps(self.state))
         if place == aside:
             sync_folder(aside)
@@ -571,7 +571,7 @@ def find_files(names):
 
 
 def content_key(paths, tokenizer):
-    """Names what the files hold, as this tokenizer reads it."""
+    """A name of what the files hold, as this tokenizer reads it."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     settings = [tokenizer.eos_token_id, tokenizer.chat_template, TEMPLATES, TEMPLATES_CHINESE,
                 TOKENS_FORMAT]

@@ -82,8 +82,8 @@ CONFIG = dict(
 COMPONENTS = ("length", "format", "writing")  # what a completion is rewarded for
 NGRAM = 13                   # words; field practice for copies, and free of false alarms in prose
 PARAGRAPH, PIECE = 20, 100   # words: a shorter paragraph is not compared, a longer one in pieces
-ALIKE = 0.22                 # similarity of a copy: prose has 0.19 in 99 pieces of 100 before the
-                             # next is taken off; with 30% of its words changed a copy has 0.45
+ALIKE = 0.22                 # similarity of a copy: 99 in 100 pieces of prose have at most 0.19
+                             # before CHANCE is taken off; a copy with 30% of its words changed 0.45
 CHANCE = 5                   # pairs that sentences of one frame share without being copies
 DRIFT = 0.25                 # how far words of a copy may shift, in lengths of the piece
 DEAD_ZONE, FULL = 0.15, 0.4  # copied share at which the penalty starts and is complete
@@ -552,7 +552,7 @@ class Endpoint:
     async def reply(self, client, text):
         """What read_body makes of the answer, or {"error"} when none came in time."""
         deadline = time.monotonic() + self.seconds
-        is_down = self.failed_in_row > 2 * self.concurrency  # then a try each, to learn of its end
+        is_down = self.failed_in_row > 2 * self.concurrency  # then one try each, until it is back
         for number in range(1 if is_down else MAX_CALLS):
             row, wait = await self.call(client, text, deadline - time.monotonic())
             if "reply" in row:

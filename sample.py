@@ -64,7 +64,7 @@ CONFIG = dict(
 )
 LIMITS = dict(template=["think", "direct", "chat"], max_tokens=1, temperature=0, top_p=(1e-6, 1),
               top_k=0, slots=1, sample_tp=1)
-OPTIONS = ("temperature", "top_p", "top_k", "seed", "compile_decode")  # of generate as well
+OPTIONS = ("temperature", "top_p", "top_k", "seed", "compile_decode")  # of generate too
 STOP_STRINGS = ("</answer>", "<|user|>")
 END = r"(<\|endoftext\|>|<\|im_end\|>)\s*$"  # of a completion that a stop token ended
 LOOK_EVERY = 8  # decode steps between the host's looks at what was sampled
@@ -75,8 +75,8 @@ PREFILL_TOKENS = 2048  # of prompts read in one pass; more was no faster on a CP
 # ---------------------------------------------------------------- rows in
 
 def read_rows(path):
-    """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet, without holding the file;
-    a line that is not UTF-8 JSON comes as its text."""
+    """Yield (place, row) from JSONL, JSON, either gzipped, or Parquet; only a JSON list is read as
+    a whole. A line that is not UTF-8 JSON comes as its text."""
     if not Path(path).is_file():
         raise InputError(f"{path or repr(path)}: no such file")
     path = Path(path)
@@ -283,8 +283,8 @@ def apply_template(tokenizer, template, prompt):
 
 
 def encode(tokenizer, text):
-    """A text's tokens and no others. How many a model reads stands in its config.json, and not
-    in the tokenizer's settings, of which transformers would warn."""
+    """A text's tokens and no others, without transformers' warning when they are more than the
+    tokenizer's settings say: the model's config.json decides."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
@@ -364,8 +364,8 @@ def scramble(x, key):
 
 def exponential_noise(keys, positions, ids):
     """Exponential noise (R, V) of mean 1 in fp32, a pure function of keys (R, 2) int32,
-    positions (R,) and token ids (V,) or (R, V). 31 bits decide each value, finest where it is
-    least."""
+    positions (R,) and token ids (V,) or (R, V). 31 bits decide each value; steps are finest
+    near 0, where the arg-max is decided."""
     rows = scramble(keys[:, 0] + positions * -1640531527, keys[:, 1])  # 2^32 / golden ratio
     bits = scramble(rows[:, None] + ids.int() * -1640531527, keys[:, 1:]).bitwise_and_(0x7FFFFFFF)
     minus_u = bits.float().add_(0.5).mul_(-2.0 ** -31).clamp_(min=2.0 ** -24 - 1)
@@ -434,7 +434,8 @@ class Cache:
         self.slots = torch.arange(slots, device=weight.device)
         self.cap = cap
         self.needs_mask = not has_decode_kernel(self.k[0])
-        # what a kernel may reach changes with the longest sequence, but seldom on CUDA: few graphs
+        # reach, which follows the longest sequence, is a multiple of this: coarse on CUDA, where
+        # each reach has a graph of its own
         self.grain = 16 if not weight.is_cuda else -(-cap // 8) if self.needs_mask else cap
 
     def use_for_prefill(self, slots, past):
@@ -444,7 +445,8 @@ class Cache:
         self.slot, self.rows, self.past, self.lengths[self.at] = slots[0], 0, past, past
 
     def use_for_decode(self, rows, reach):
-        """The next ones add a token to each of the first slots, which hold less than reach."""
+        """The next forward passes add a token to each of the first `rows` slots, none of which
+        comes to hold more than `reach`."""
         self.at, self.rows, self.past = self.slots[:rows], rows, 0
         self.reach = min(-(-reach // self.grain) * self.grain, self.cap)
 
@@ -506,13 +508,13 @@ class Engine:
         self.limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         longest, most = max(map(len, prompts)), max(self.limits) + LOOK_EVERY
         self.slots = max(slots, MIN_ROWS)
-        # never quite full: a compiled step would be another for a full one
+        # with room to spare: a step would be compiled anew for a cache that is full
         self.cache = Cache(model, self.slots, (longest + most) // 16 * 16 + 32)
         zeros = lambda *shape, dtype: torch.zeros(self.slots, *shape, dtype=dtype, device=device)
         self.token = zeros(dtype=torch.long)         # (R,) last token, not yet in the cache
         self.keys = zeros(2, dtype=torch.int32)      # (R, 2) of the noise
         self.count = zeros(dtype=torch.int32)        # (R,) tokens sampled so far
-        self.is_active = zeros(dtype=torch.int32)    # (R,) idle rows repeat one place for nothing
+        self.is_active = zeros(dtype=torch.int32)    # (R,) 1; 0: a row that runs for nothing
         self.out_tokens = zeros(most + 1, dtype=torch.long)
         self.out_logprobs = zeros(most + 1, dtype=torch.float32)
         self.may_stop = stops.may_stop.to(device)
