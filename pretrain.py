@@ -152,7 +152,7 @@ class Run:
             print(f"steps was {before} and is now {config['steps']}: the learning rate goes on "
                   "along another cosine")
         self.state["steps"] = config["steps"]
-        self.step = self.saved = self.state["step"]
+        self.step = self.state["step"]  # that it goes on from
         if self.is_main:
             self.cut_log()
             for left in self.folder.glob("checkpoint-*.tmp"):
@@ -254,10 +254,10 @@ class Run:
         target = self.folder / f"checkpoint-{step:06d}"
         aside = target.with_suffix(".tmp")
         try:
-            if step != self.saved:
+            if step != self.state["step"]:  # of the newest checkpoint
                 self.write_aside(aside, model, optimizer)
+            self.state["step"] = step
             if self.is_main:
-                self.state["step"] = step
                 self.publish(aside, target, ["best", "latest"] if is_best else ["latest"])
         except (OSError, SafetensorError, CheckpointException) as error:
             free = shutil.disk_usage(self.folder).free  # torch's words may not say it
@@ -265,7 +265,6 @@ class Run:
                 shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{aside}: cannot be written, with {free:,} bytes of disk free: "
                              f"{cause_of(error)}; earlier checkpoints are intact") from None
-        self.saved = step
         self.ranks.meet()
         return target
 
