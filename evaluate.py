@@ -438,7 +438,7 @@ def judge_all(questions, judge):
     verdicts = iter(judge.ask(
         [(q.text, q.fields) for q in asked], told="judging",
         labels=[{"place": q.place, "models": q.models, "part": q.part} for q in asked]))
-    return [(q, Verdict({}, q.fault, "", []) if q.fault else next(verdicts)) for q in questions]
+    return [(q, Verdict({}, q.fault) if q.fault else next(verdicts)) for q in questions]
 
 
 # ---------------------------------------------------------------- scores

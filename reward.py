@@ -340,6 +340,7 @@ def score_sequences(model, sequences, ranks, micro_tokens, together=1, loss=None
 class WritingModel:
     """A Qwen2 folder with a score head, as a judge of answers. Sharded over the ranks as the
     policy is; plain on one CPU process."""
+    verdicts = ()  # a score is all that it says
 
     def __init__(self, folder, ranks):
         self.model = load_model(folder, ranks.device, compute_dtype(ranks), ranks,
@@ -647,8 +648,8 @@ class Verdict(NamedTuple):
     """What a judge found: values by name, {} when unscored; its reason, or why there is none."""
     values: dict
     reason: str
-    model: str  # as the server names it
-    tokens: list
+    model: str = ""     # as the server names it
+    tokens: list = ()   # read and written
 
 
 class Judge:
@@ -672,7 +673,7 @@ class Judge:
 
     def read(self, row, fields):
         if "error" in row:
-            return Verdict({}, row["error"], "", [])
+            return Verdict({}, row["error"])
         values, fault = read_verdict(row["reply"], fields)
         if row["finish"] == "length":
             values, fault = {}, "the reply was cut at its token limit"
@@ -705,7 +706,7 @@ def score_responses(rows, writing, template, length_max):
     scores, reasons = [math.nan] * len(rows), [""] * len(rows)
     if writing:
         scores = writing.score(*([row[key] for row in rows] for key in ("prompt", "response")))
-        reasons = [v.reason for v in getattr(writing, "verdicts", [])] or reasons
+        reasons = [v.reason for v in writing.verdicts] or reasons
     scored = []
     for row, score, reason in zip(rows, scores, reasons):
         asked, completion = row["length"], row.get("completion")
