@@ -117,13 +117,15 @@ def drop_unreachable(rows, tokenizer, max_tokens):
 
 def score(completions, rows, tokenizer, judge, ranks, template, length_max):
     """What score_responses tells of each completion; writing is 0 without a judge."""
-    mine = ranks.part(completions)
-    texts = [tokenizer.decode(c.tokens) for c in mine]
-    scored = score_responses([
-        rows[c.prompt] | {"response": find_answer(text, template), "completion": text,
-                          "finish": c.finish} for c, text in zip(mine, texts)],
-        judge, template, length_max)
-    return ranks.gather([rewards | ({} if judge else {"writing": 0.0}) for rewards in scored])
+    def score_part(mine):
+        texts = [tokenizer.decode(c.tokens) for c in mine]
+        scored = score_responses([
+            rows[c.prompt] | {"response": find_answer(text, template), "completion": text,
+                              "finish": c.finish} for c, text in zip(mine, texts)],
+            judge, template, length_max)
+        return [rewards | ({} if judge else {"writing": 0.0}) for rewards in scored]
+
+    return ranks.spread(completions, score_part)
 
 
 def replace_groups(batch, dead, prompts, completions, scored):

@@ -245,11 +245,6 @@ class Ranks(NamedTuple):
         """Whether what is trained is sharded over the ranks: on CUDA always, a mesh of one too."""
         return self.world > 1 or self.is_cuda
 
-    def part(self, items):
-        """This rank's part of a list that all have; gather joins the parts in order."""
-        start, end = (len(items) * rank // self.world for rank in (self.rank, self.rank + 1))
-        return items[start:end]
-
     def gather(self, items):
         """The items (a list) of all ranks in the order of ranks; all wait for the slowest."""
         if self.world == 1:
@@ -258,6 +253,12 @@ class Ranks(NamedTuple):
         parts = [None] * self.world
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
+
+    def spread(self, items, work):
+        """work(items), a list as long; each rank does every world-th, so that costly neighbours
+        are shared; collective."""
+        parts = self.gather([work(items[self.rank::self.world])])
+        return [parts[i % self.world][i // self.world] for i in range(len(items))]
 
     def any(self, flag):
         """Whether any rank says so; all meet at the store."""

@@ -972,8 +972,8 @@ def print_components(config):
                                path.with_name("judge.jsonl"), config["concurrency"])
     else:
         print_once(f"model={config['model']} has no score head: writing is not scored")
-    scored = ranks.gather(score_responses(ranks.part(rows), writing, config["template"],
-                                          config["length_max"]))
+    scored = ranks.spread(rows, lambda mine: score_responses(
+        mine, writing, config["template"], config["length_max"]))
     if ranks.rank:
         return
     values = [[float(rewards[key]) for key in COLUMNS] for rewards in scored]

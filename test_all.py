@@ -2241,10 +2241,10 @@ def test_a_run_without_rows_has_no_picture(tmp_path):
 def test_an_alarm_waits_for_the_picture():
     """A rank that ends at once, and takes the one that draws with it."""
     met = []
-    run = types.SimpleNamespace(is_main=False, ranks=types.SimpleNamespace(any=met.append))
+    run = types.SimpleNamespace(is_main=False, ranks=types.SimpleNamespace(meet=lambda: met.append(1)))
     with pytest.raises(SystemExit):
         pretrain.Run.finish(run, {}, "alarm")
-    assert met == [False]
+    assert met
 
 
 def test_a_resumed_run_goes_on_in_its_weights_and_biases_run(pretraining, tmp_path, monkeypatch,
