@@ -38,7 +38,7 @@ from model import (InputError, build_model, compute_dtype, context_length, copy_
                    load_for_training, load_tokenizer, parse_config, print_once, sampling_plan,
                    script, setup, write_text)
 from pretrain import (TRAINING, TRAINING_LIMITS, Run, apply_gradient, draw_places, learning_rate,
-                      make_optimizer, make_packs, print_plan)
+                      make_optimizer, make_packs, num_gpus, print_plan)
 from reward import COMPONENTS, is_url, open_writing, page, score_responses, text_block
 from sample import (LIMITS, MIN_ROWS, STOP_STRINGS, Stops, count_words, deal, encode,
                     encode_prompts, find_answer, generate, has_han, load_prompts, read_done)
@@ -609,7 +609,7 @@ class Trainer:
 
 def plan(config):
     """Print what a run needs: every completion as long as it may be, as many as slots at once."""
-    gpus, length = int(os.environ.get("WORLD_SIZE", 1)), config["max_tokens"]
+    gpus, length = num_gpus(), config["max_tokens"]
     count = config["num_prompts"] * config["num_samples"]
     held, sampling, slots = plan_sampling(config, gpus, PLAN_MEMORY)
     waves = -(-count // (slots * (gpus // config["sample_tp"])))

@@ -17,6 +17,7 @@ cu_seqlens (S+1,), the running sum of the sequences' lengths, so no sequence is 
 """
 import contextlib
 import copy
+import fcntl
 import functools
 import inspect
 import itertools
@@ -67,6 +68,7 @@ CONFIG = dict(
 )
 LANGUAGE, SCORES = "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"  # all that is supported
 WATCHES = []  # this process's PeerWatch, while there is a group of several ranks
+LOCKS = {}    # {folder: handle} of those that this process writes to, until its script ends
 SHARE_SECONDS = 300  # then a rank of a share counts as lost; its collectives take milliseconds
 HEAD_LOGITS = 2 ** 26  # at one time: 441 rows of Qwen's vocabulary, 0.27 GB a copy in fp32
 
@@ -111,6 +113,8 @@ def script(main):
         finally:
             while WATCHES:
                 WATCHES.pop().stop()
+            while LOCKS:
+                os.close(LOCKS.popitem()[1])
         if dist.is_initialized() and not had_group:
             dist.barrier()  # without it some ranks die at exit
             dist.destroy_process_group()
@@ -364,15 +368,40 @@ def write_text(path, text):
         write_whole(path, text)
 
 
+def hold(folder):
+    """A handle that locks a folder until it is closed or this process ends, or None where the
+    file system has no locks; BlockingIOError where another process holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+
+
+def lock(folder):
+    """Hold a folder until the script ends: two runs in it would spoil each other's files."""
+    try:
+        if folder not in LOCKS and (handle := hold(folder)) is not None:
+            LOCKS[folder] = handle
+    except BlockingIOError:
+        raise InputError(f"{folder}: expected no other run in this folder, found one that has not "
+                         "ended") from None
+
+
 def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
-    The same command may come again; another config is an error that names the key."""
+    The same command may come again, when the one before has ended; another config is an error
+    that names the key."""
     path = Path(config["out"]) / "config.json"
     if not config["out"]:
         raise InputError("out=: expected a folder, found none")
     if ranks.rank == 0:
         with writes_to(f"out={config['out']}"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            lock(path.parent)
             if path.exists() and not config["resume"]:
                 raise InputError(f"{path.parent}: expected a new folder with resume=false, "
                                  "found a run")

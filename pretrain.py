@@ -19,11 +19,12 @@ into rows of seq_len tokens. Attention never crosses from one document to anothe
 4. Rows keep their documents; each epoch shuffles the rows. So neither the shuffle nor the place
    in the data needs more memory than the row numbers, however many tokens there are.
 """
-import fcntl
+import contextlib
 import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import shutil
@@ -44,7 +45,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token,
+from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token, hold,
                    load_config, load_for_training, load_tokenizer, open_folder, parse_config,
                    print_table, read_config, save_folder, script, setup, training_plan, write_text,
                    write_whole, writes_to)
@@ -62,7 +63,7 @@ TRAINING = dict(  # keys that every training script has
     eval_every=100,     # steps
     keep=2,             # newest checkpoints to keep; the best one stays besides
     save_dtype="",      # of the exported weights: float32 on CPU, bfloat16 on CUDA unless set
-    max_hours=0.0,      # save and stop after this long; 0 is no limit
+    max_hours=0.0,      # save and stop after this long, loading not counted; 0 is no limit
     recompute="",       # in the backward pass: none, all or all_but_attention of a block's
                         # activations; all_but_attention on CUDA, none on the CPU unless set
     compile=True,       # blocks by torch.compile, on CUDA
@@ -138,13 +139,17 @@ class Run:
 
     def __init__(self, config, ranks):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, of one process
+        logging.getLogger(dcp.state_dict_loader.__name__).setLevel(logging.CRITICAL)  # we tell
         self.config, self.ranks, self.folder = config, ranks, Path(config["out"])
         self.is_main = ranks.rank == 0
         if config["wandb"] and not importlib.util.find_spec("wandb"):
             raise InputError("wandb=true needs: pip install wandb")
         # where nothing was saved yet there is nothing to go on from: a smaller batch may be tried
-        open_folder(config, ranks, MAY_DIFFER if os.path.lexists(self.folder / "latest")
-                    else set(config))
+        has_saved = os.path.lexists(self.folder / "latest") or any(self.checkpoints())
+        open_folder(config, ranks, MAY_DIFFER if has_saved else set(config))
+        if self.is_main:
+            self.link_newest()
+        ranks.meet()
         self.start, self.stop_asked = time.time(), False
         self.checkpoint, self.state = self.find_checkpoint()
         before = self.state.get("steps", config["steps"])
@@ -169,6 +174,17 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
+    def checkpoints(self):
+        """{folder: step} of those that there are."""
+        return {folder: int(number) for folder in self.folder.glob("checkpoint-*")
+                if (number := folder.name.removeprefix("checkpoint-")).isdecimal()}
+
+    def link_newest(self):
+        """Make `latest` where a kill came just before it was made, or a copy has lost it."""
+        steps = self.checkpoints()
+        if steps and not os.path.lexists(self.folder / "latest"):
+            point_link(self.folder / "latest", max(steps, key=steps.get).name)
+
     def find_checkpoint(self):
         """The folder that latest names, or None, and what a script saved beside its weights: small
         and JSON."""
@@ -186,13 +202,16 @@ class Run:
         if not told.exists():
             raise InputError(f"{told}: expected what the run goes on from, found none; start "
                              f"another with model={checkpoint}")
-        return checkpoint, read_config(told)
+        state = read_config(told)
+        if not isinstance(state.get("step"), int):
+            raise InputError(f"{told}: expected a step, found {state.get('step')!r}")
+        return checkpoint, state
 
     def cut_log(self):
         """Drop rows logged after the checkpoint that the run goes on from."""
         path = self.folder / "log.jsonl"
         logged = self.step if self.checkpoint and "unlogged" not in self.state else self.step - 1
-        rows = [row for row in read_done(path) if row["step"] <= logged]
+        rows = [row for row in read_done(path) if row.get("step", math.inf) <= logged]
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def ask_to_stop(self, number, frame):
@@ -238,6 +257,13 @@ class Run:
         """Load the fp32 weights and moments that the run goes on from; collective."""
         if self.checkpoint is None:
             return
+        before, now = read_config(self.checkpoint / "config.json"), model.config
+        changed = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+                   for key in before | now if before.get(key) != now.get(key)
+                   and key not in ("dtype", "torch_dtype")]
+        if changed:
+            raise InputError(f"{model.folder}/config.json: expected the model that the run began "
+                             f"with, found another: {'; '.join(changed)}")
         state = state_of(model, optimizer)
         try:
             dcp.load(state, checkpoint_id=self.checkpoint / "state", no_dist=self.ranks.world == 1)
@@ -284,21 +310,21 @@ class Run:
         """What was written aside becomes a checkpoint that links name; older ones go."""
         place = aside if aside.exists() else target  # saved before: only run.json may be new
         write_whole(place / "state" / "run.json", json.dumps(self.state))
+        sync_folder(place)
         if place == aside:
-            sync_folder(aside)
             if target.exists():  # of a run that went on from an earlier one
                 shutil.rmtree(target)
             os.replace(aside, target)
         for link in links:
             point_link(self.folder / link, target.name)
+        sync(self.folder)
         self.prune()
 
     def prune(self):
         """Remove all but the newest checkpoints and the linked ones. Those of later steps, which
         a run left that went on from an earlier one, are the oldest."""
         kept = {(self.folder / link).resolve().name for link in ("best", "latest")}
-        steps = {folder: int(number) for folder in self.folder.glob("checkpoint-*")
-                 if (number := folder.name.removeprefix("checkpoint-")).isdecimal()}
+        steps = self.checkpoints()
         age = lambda folder: (steps[folder] <= self.state["step"], steps[folder])
         for folder in sorted(steps, key=age)[:-self.config["keep"]]:
             if folder.name not in kept:
@@ -317,12 +343,17 @@ def cause_of(error):
     return str(cause) or type(cause).__name__
 
 
+def sync(path):
+    """Bring a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def sync_folder(folder):
     """Bring a folder's files, then its entries, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        sync(path)
 
 
 def point_link(link, target):
@@ -365,12 +396,20 @@ def draw_curves(folder, panels):
     plt.close(figure)
 
 
+def num_gpus():
+    """Of a plan: torchrun's, or what the environment says."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isdecimal() and int(text)):
+        raise InputError(f"WORLD_SIZE={text}: expected a number of GPUs, at least 1")
+    return int(text)
+
+
 def print_plan(config, tokens, pack_tokens, length, changes={}, held={}, sampling={}, seconds={}):
     """What a training run needs, and nothing started. tokens: of a step over all GPUs, in
     sequences of this length; pack_tokens: of a forward pass; changes: to the folder's config;
     held: {kind: bytes} besides; sampling: those that are there while nothing is trained; seconds:
     {what: seconds} of a step besides."""
-    gpus, found = int(os.environ.get("WORLD_SIZE", 1)), load_config(config["model"])[1] | changes
+    gpus, found = num_gpus(), load_config(config["model"])[1] | changes
     if os.environ.get("RANK", "0") != "0":
         return
     kinds = training_plan(found, gpus, pack_tokens, config["recompute"] or "all_but_attention")
@@ -471,21 +510,13 @@ def row_parts(row, tokenizer):
                 (f"<think>{row['plan']}</think><answer>{row['text']}</answer>", True)]
     if has("prompt", "completion"):
         return [(row["prompt"], False), (row["completion"], True)]
+    if has("prompt", "text"):  # is the prompt part of it?
+        raise ValueError('expected "prompt" with "completion", or with "plan" and "text", or '
+                         '"text" alone, found "prompt" and "text"')
     if has("text"):
         return [(row["text"], True)]
     raise ValueError('expected texts under "text", "plan" and "text", "prompt" and "completion", '
                      f'or "messages", found columns {sorted(row)}')
-
-
-def hold(folder):
-    """A handle that locks a folder until it is closed or this process ends; None where another
-    holds it, or where the file system has no locks."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
-        os.close(handle)
 
 
 def write_tokens(paths, tokenizer, folder):
@@ -493,9 +524,10 @@ def write_tokens(paths, tokenizer, folder):
     where it is not trained on; folder/ends.npy says where documents end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{folder.name}-*.tmp"):  # by a run that was killed
-        if (handle := hold(left)) is not None:
-            shutil.rmtree(left)
-            os.close(handle)
+        with contextlib.suppress(BlockingIOError):  # another run writes it
+            if (handle := hold(left)) is not None:
+                shutil.rmtree(left)
+                os.close(handle)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", suffix=".tmp", dir=folder.parent))
     aside.chmod(0o755)  # a temporary folder is its owner's alone
     handle = hold(aside)
@@ -532,7 +564,7 @@ def fill_tokens(paths, tokenizer, aside):
         return parts
 
     ends, end = array("q", [0]), np.array([tokenizer.eos_token_id], dtype=np.int32)
-    rows = (parts for path in paths for parts in checked_rows(path, check))
+    rows = checked_rows(paths, check)
     with open(aside / "tokens.bin", "wb") as file, tqdm(
             desc=f"tokens of {', '.join(map(str, paths))[:60]}", unit=" documents") as bar:
         for documents in in_chunks(rows):
@@ -564,9 +596,14 @@ def find_files(names):
         if not found:
             raise InputError(f"{name}: no such file")
         files += found
-    if again := [path for path, count in Counter(files).items() if count > 1]:
-        raise InputError(f"{again[0]}: expected each file once, found two names for it")
+    check_each_once(files)
     return files
+
+
+def check_each_once(files):
+    names = Counter(path.resolve() for path in files)
+    if again := [path for path in files if names[path.resolve()] > 1]:
+        raise InputError(f"{again[0]}: expected each file once, found two names for it")
 
 
 def content_key(paths, tokenizer):
@@ -675,6 +712,7 @@ def load_data(data, *options):
         if not (isinstance(weight, (int, float)) and 0 < weight < math.inf):
             raise InputError(f"data: {name}: expected a weight above 0, found {weight!r}")
     files = [find_files(name) for name in names]  # all, before hours go into the first
+    check_each_once(sum(files, []))
     return Mixture([Documents(paths, *options) for paths in files], weights)
 
 
@@ -748,12 +786,14 @@ def main(argv):
     if config["seq_len"] > (most := context_length(load_config(config["model"])[1])):
         raise InputError(f"seq_len={config['seq_len']}: expected at most the model's context of "
                          f"{most} tokens, max_position_embeddings in its config.json")
-    if config["plan"]:
-        return print_plan(config, config["batch_rows"] * config["seq_len"],
-                          config["micro_rows"] * config["seq_len"], config["seq_len"])
-    if config["batch_rows"] % ranks.world:
+    world = num_gpus() if config["plan"] else ranks.world
+    if config["batch_rows"] % world:
         raise InputError(f"batch_rows={config['batch_rows']}: expected a multiple of the "
-                         f"{ranks.world} ranks")
+                         f"{world} ranks")
+    if config["plan"]:
+        rows = min(config["micro_rows"], config["batch_rows"] // world)
+        return print_plan(config, config["batch_rows"] * config["seq_len"],
+                          rows * config["seq_len"], config["seq_len"])
     tokenizer = load_tokenizer(config["model"])
     options = tokenizer, config["seq_len"], config["seed"], config["cache"], ranks
     val_files = config["val_data"] and find_files(config["val_data"])

@@ -80,8 +80,8 @@ def read_rows(path):
     if not Path(path).is_file():
         raise InputError(f"{path or repr(path)}: no such file")
     path = Path(path)
-    kind = "a JSON list of rows" if ".json" in path.suffixes else "lines of UTF-8 JSON"
-    kind = "Parquet" if path.suffix == ".parquet" else kind
+    kind = {".json": "a JSON list of rows", ".parquet": "Parquet"}.get(
+        kind_of(path), "lines of UTF-8 JSON")
     try:
         for number, row in enumerate(read_any(path), 1):
             if row != b"":
@@ -90,9 +90,15 @@ def read_rows(path):
         raise InputError(f"{path}: expected {kind}: {error}") from None
 
 
+def kind_of(path):
+    """The ending of a name that says what is in the file, .gz or not."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
 def read_any(path):
     """The rows of a file of any kind; b"" for an empty line, so that lines can be counted."""
-    if path.suffix == ".parquet":
+    if kind_of(path) == ".parquet":
         try:
             from pyarrow import parquet
         except ImportError:
@@ -100,9 +106,9 @@ def read_any(path):
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
         return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        if ".json" in path.suffixes:
-            rows = json.loads(file.read().decode())
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        if kind_of(path) == ".json":
+            rows = json.loads(file.read().decode("utf-8-sig"))  # some editors put a mark first
             if not isinstance(rows, list):
                 raise ValueError(f"found {type(rows).__name__}")
             yield from rows
@@ -114,32 +120,35 @@ def read_line(line):
     """What a line of JSON holds, the beginning of its text where it is none, b"" if empty."""
     line = line.strip()
     try:
-        return line and json.loads(line.decode())
+        return line and json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # brackets within brackets
         return line.decode(errors="replace")[:40]
 
 
-def checked_rows(path, check):
-    """Yield what check(row, number) returns of each row. Rows where it raises ValueError are
-    reported and skipped; more than 1% of them is an error, as is a file without rows, but only
-    at the file's end: use nothing before."""
+def checked_rows(paths, check):
+    """Yield what check(row, number) returns of each row of a file, or of several. Rows where it
+    raises ValueError are reported and skipped; more than 1% of them all is an error, as is a file
+    without rows, but only at the end: use nothing before."""
     num_rows, bad = 0, []
-    for place, row in read_rows(path):
-        try:
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, found {row!r}")
-            yield check(row, num_rows)
-        except ValueError as reason:
-            bad.append(f"{place}: {reason}")
-        num_rows += 1
-    if not num_rows:
-        raise InputError(f"{path}: expected rows, found none")
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    for path in paths:
+        before = num_rows
+        for place, row in read_rows(path):
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, found {row!r}")
+                yield check(row, num_rows)
+            except ValueError as reason:
+                bad.append(f"{place}: {reason}")
+            num_rows += 1
+        if num_rows == before:
+            raise InputError(f"{path}: expected rows, found none")
     if len(bad) > 0.01 * num_rows:
         raise InputError(f"{bad[0]} ({len(bad)} of {num_rows} rows are bad; at most 1% may be)")
     for line in bad:
         print_once(f"skipped {line}")
     if bad:
-        print_once(f"skipped {len(bad)} of {num_rows} rows of {path}")
+        print_once(f"skipped {len(bad)} of {num_rows} rows of {', '.join(map(str, paths))}")
 
 
 def load_rows(path, check):

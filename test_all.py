@@ -710,6 +710,39 @@ def test_a_sharded_model_equals_a_plain_one(world, tied, tmp_path):
                                   (tmp_path / "shards" / file).read_bytes() for file in files)
 
 
+def test_blocks_are_sharded_as_asked(policy, monkeypatch):
+    """The whole model gathered at one time, gradients added up in 16 bits; offloading, recomputing
+    or compiling that was asked for and is not done."""
+    asked, cuda = [], ALONE._replace(device=torch.device("cuda"))
+    monkeypatch.setattr(network, "fully_shard", lambda module, **options: asked.append(options))
+    monkeypatch.setattr(network.dist.device_mesh, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(network, "CPUOffloadPolicy", lambda pin_memory: "offload")
+    for offload in True, False:
+        network.shard(load_model(policy, "cpu"), cuda, offload)
+    assert [o["offload_policy"] == "offload" for o in asked] == [True] * 3 + [False] * 3
+    assert all(o["mp_policy"].param_dtype == torch.bfloat16
+               and o["mp_policy"].reduce_dtype == torch.float32 for o in asked)
+    monkeypatch.setattr(network, "load_model", lambda name, device, **options: options)
+    for recompute, compile, offload in (("", True, True), ("all", False, False)):
+        keys = dict(model="", recompute=recompute, compile=compile, offload=offload)
+        assert network.load_for_training(keys, cuda) == dict(
+            ranks=cuda, recompute=recompute or "all_but_attention", compile=compile,
+            offload=offload)
+
+
+def test_random_weights_follow_the_seed(policy):
+    """Two seeds that are one; a start too wide to train from."""
+    first, again, other = (dict(load_model(policy, "cpu", seed=seed).named_parameters())
+                           for seed in (1, 1, 2))
+    assert same(first, again)
+    for name, x in first.items():
+        std = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        if x.dim() > 1:
+            assert x.std().item() == pytest.approx(std, rel=0.1) and not torch.equal(x, other[name])
+        else:
+            assert (x == float("norm" in name)).all()
+
+
 # ---------------------------------------------------------------- sample: generate
 
 @pytest.fixture(scope="module")
@@ -1095,7 +1128,10 @@ def test_rows_come_from_every_kind_of_file(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
-    kinds = ["jsonl", "jsonl.gz", "json"]
+    for kind in "jsonl", "json":  # named and marked as other programs do
+        marked = b"\xef\xbb\xbf" + (tmp_path / f"a.{kind}").read_bytes()
+        (tmp_path / f"a.json.part.{kind}.GZ").write_bytes(gzip.compress(marked))
+    kinds = ["jsonl", "jsonl.gz", "json", "json.part.jsonl.GZ", "json.part.json.GZ"]
     if importlib.util.find_spec("pyarrow"):
         from pyarrow import Table, parquet
         parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -1863,7 +1899,7 @@ def test_rows_of_a_mixture_come_by_weight(policy, tmp_path, monkeypatch):
     other rows on a machine that lists its files in another order."""
     for name, count in (("a1", 3), ("a2", 4), ("b[1]", 2)):  # a name that looks like a glob
         write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} " * 40}] * count)
-    data = {f"{tmp_path}/a*.jsonl": 0.99, f"{tmp_path}/b[1].jsonl": 0.01}
+    data = {f"{tmp_path}/a*.jsonl": 99, f"{tmp_path}/b[1].jsonl": 1}
     options = load_tokenizer(policy), 32, 0, tmp_path / "tokens", ALONE
     mixture = pretrain.load_data(data, *options)
     assert len(mixture.parts[0].ends) == 7
@@ -1906,8 +1942,15 @@ def test_tokens_are_kept_by_content_and_tokenizer(policy, tmp_path, monkeypatch)
         single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)])  # as Llama's
     begun = pretrain.Documents([path], tokenizer, 16, 0, tmp_path / "begun", ALONE)
     assert begun.key != other.key and begun.tokens.tolist() == other.tokens.tolist()
-    tokenizer.chat_template = "another"
-    assert pretrain.content_key([path], tokenizer) != begun.key
+    keys = {begun.key}
+    for name, value in dict(chat_template="another", eos_token="!", TEMPLATES={},
+                            TEMPLATES_CHINESE={}, TOKENS_FORMAT=0).items():
+        if hasattr(pretrain, name):
+            monkeypatch.setattr(pretrain, name, value)
+        else:
+            setattr(tokenizer, name, value)
+        keys.add(pretrain.content_key([path], tokenizer))
+    assert len(keys) == 6
 
 
 def test_what_a_killed_run_left_in_the_cache_is_removed(policy, tmp_path):
@@ -1959,6 +2002,14 @@ def test_bad_rows_are_counted_named_and_skipped(policy, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"skipped {path}:{line}: " in out for line in (51, 52, 53, 54))
     assert f"skipped 4 of 404 rows of {path}" in out
+    good[7], short = good[8], tmp_path / "short.jsonl"
+    path.write_bytes(b"\n".join(good[:50] + bad + good[50:]))
+    short.write_bytes(good[0] + b"\n" + bad[0])  # 5 of 406: more than 1% of all
+    options = [str(path), str(short)], load_tokenizer(policy), 16, 0, tmp_path / "both", ALONE
+    with pytest.raises(InputError, match=f"{path}:51: .*5 of 406 rows"):
+        pretrain.load_data(*options)
+    short.write_bytes(b"\n".join([*good, bad[0]]))  # 5 of 805
+    assert len(pretrain.load_data(*options).parts[0].ends) == 800
     for lines, words in [(good[8:17] + bad[1:2], r":10: expected a JSON object.*1 of 10 rows"),
                          ([b""], "expected rows, found none"), (None, "no such file")]:
         path.unlink() if lines is None else path.write_bytes(b"\n".join(lines))
@@ -1974,7 +2025,7 @@ CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}!{% endfor %}" \
 
 
 @pytest.mark.parametrize("template, row, expected", [
-    (None, {"text": "whole"}, [("whole", True)]),
+    (None, {"text": "whole", "messages": []}, [("whole", True)]),
     (None, {"prompt": "p", "completion": "c", "text": 3}, [("p", False), ("c", True)]),
     (None, {"plan": "p", "text": "t"}, [("", False), ("<think>p</think><answer>t</answer>", True)]),
     (None, {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
@@ -1989,6 +2040,19 @@ def test_only_what_the_assistant_says_is_trained_on(template, row, expected, pol
     tokenizer = load_tokenizer(policy)
     tokenizer.chat_template = template
     assert pretrain.row_parts(row, tokenizer) == expected
+
+
+@pytest.mark.parametrize("template, row, words", [
+    (None, {"messages": [{"role": "user", "content": "u"}]}, "role assistant, found none"),
+    ("{{ messages[-1].content }}", {"messages": [
+        {"role": role, "content": role} for role in ("user", "assistant") * 2]}, "rewrites"),
+    (None, {"prompt": "p", "text": "t"}, 'found "prompt" and "text"')])
+def test_rows_that_teach_nothing_or_wrong_are_bad(template, row, words, policy):
+    """Turns that a template shows otherwise later on; a prompt that nobody reads."""
+    tokenizer = load_tokenizer(policy)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=words):
+        pretrain.row_parts(row, tokenizer)
 
 
 def train_rows(ranks, folder, path, micro_rows):
@@ -2048,9 +2112,12 @@ def test_a_step_on_messages_equals_transformers(policy, tmp_path):
 def test_matrices_decay_and_the_schedule_warms_up(policy):
     """Weight decay on norms and biases; a first step of rate 0, or a last one of full rate; a
     cosine that jumps where the warm-up ends."""
-    decayed, kept = pretrain.make_optimizer(load_model(policy, "cpu"), 0.1, 0.95).param_groups
-    assert decayed["weight_decay"] == 0.1 and all(p.dim() > 1 for p in decayed["params"])
+    decayed, kept = pretrain.make_optimizer(load_model(policy, "cpu"), 0.3, 0.5).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.dim() > 1 for p in decayed["params"])
     assert kept["weight_decay"] == 0 and all(p.dim() == 1 for p in kept["params"])
+    assert decayed["betas"] == kept["betas"] == (0.9, 0.5)
+    assert pretrain.learning_rate(40, 100, 1.0, 10, "constant") == 1
+    assert pretrain.learning_rate(40, 100, 1.0, 10, "inverse_sqrt") == 0.5
     rates = [pretrain.learning_rate(step, 100, 1.0, 10, "cosine") for step in range(1, 101)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert rates[54] == pytest.approx(0.55)  # half way down
@@ -2065,6 +2132,10 @@ def test_a_step_moves_weights_by_the_clipped_gradient(policy):
     expected = {name: x - 0.1 * 0.5 / norm * x.grad for name, x in ours.named_parameters()}
     optimizer = torch.optim.SGD(ours.parameters(), lr=9.0)
     assert pretrain.apply_gradient(ours, optimizer, 0.1, 0.5) == pytest.approx(norm) and norm > 1
+    assert_close(dict(ours.named_parameters()), expected, atol=1e-6, rtol=1e-5)
+    score(ours, random_sequences([30])).sum().backward()
+    expected = {name: x - 0.1 * x.grad for name, x in ours.named_parameters()}
+    pretrain.apply_gradient(ours, optimizer, 0.1, 0.0)  # clip=0 clips nothing
     assert_close(dict(ours.named_parameters()), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -2117,8 +2188,9 @@ def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_ru
     state, = (run / "checkpoint-000006" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
     check_error(pretrain.main, arguments + ["steps=8"], "state: cannot be read: EOFError", capsys)
-    (run / "checkpoint-000006" / "state" / "run.json").write_text('{"st')
-    check_error(pretrain.main, arguments, "state/run.json: expected JSON", capsys)
+    for text, words in ('{"st', "JSON"), ("{}", "a step, found None"):
+        (run / "checkpoint-000006" / "state" / "run.json").write_text(text)
+        check_error(pretrain.main, arguments, f"state/run.json: expected {words}", capsys)
     shutil.rmtree(run / "checkpoint-000006" / "state")
     check_error(pretrain.main, arguments, "state/run.json: expected what the run goes on from",
                 capsys)
@@ -2139,18 +2211,23 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     pretrain.point_link(tmp_path / "best", names[2])
     pretrain.point_link(tmp_path / "latest", names[1])
     run = types.SimpleNamespace(folder=tmp_path, config={"keep": 2}, state={"step": 4})
+    run.checkpoints = partial(pretrain.Run.checkpoints, run)
     pretrain.Run.prune(run)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         *names[:3], "checkpoint-2-of-mine-1"]
 
 
-def test_a_link_leads_somewhere_at_every_moment(tmp_path, monkeypatch):
-    """A kill between the removal of `latest` and its next."""
+def test_a_kill_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """A moment without `latest`, or with half a file."""
     pretrain.point_link(tmp_path / "latest", "checkpoint-000001")
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(pretrain.os, "replace", None)
-        pretrain.point_link(tmp_path / "latest", "checkpoint-000002")
+    network.write_whole(tmp_path / "run.json", "old")
+    monkeypatch.setattr(os, "replace", None)
+    for write in (partial(pretrain.point_link, tmp_path / "latest", "checkpoint-000002"),
+                  partial(network.write_whole, tmp_path / "run.json", "new")):
+        with pytest.raises(TypeError):
+            write()
     assert os.readlink(tmp_path / "latest") == "checkpoint-000001"
+    assert (tmp_path / "run.json").read_text() == "old"
 
 
 class Stopwatch:
@@ -2208,8 +2285,40 @@ def test_a_run_that_saved_nothing_may_change(pretraining, tmp_path):
     """Out of memory in the first step, and a smaller batch that is refused."""
     pretrain.main(pretraining + [f"out={tmp_path}", "steps=1", "seq_len=9"])
     (tmp_path / "latest").unlink()
+    shutil.rmtree(tmp_path / "checkpoint-000001")
     pretrain.main(pretraining + [f"out={tmp_path}", "steps=1", "seq_len=8"])
     assert [row["step"] for row in read_log(tmp_path)].count(1) == 1
+
+
+def test_a_lost_link_loses_no_checkpoint(pretraining, tmp_path, capsys):
+    """A kill before the first link, or a copy without links: a run that starts anew, and prunes
+    what it could go on from."""
+    arguments = pretraining + [f"out={tmp_path}"]
+    pretrain.main(arguments + ["steps=3"])
+    (tmp_path / "latest").unlink()
+    check_error(pretrain.main, arguments + ["clip=2"], "clip was 1.0 and is now 2.0", capsys)
+    pretrain.main(arguments + ["steps=4"])
+    assert "checkpoint-000003" in capsys.readouterr().out
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_with_its_model_alone(policy, pretraining, tmp_path, capsys):
+    """Another model under the same name, which takes those weights of the run that fit it."""
+    model = shutil.copytree(policy, tmp_path / "model")
+    arguments = pretraining + [f"model={model}", f"out={tmp_path / 'run'}"]
+    pretrain.main(arguments + ["steps=1"])
+    edit_config(model, rms_norm_eps=0.5)
+    check_error(pretrain.main, arguments + ["steps=2"],
+                "the run began with, found another: rms_norm_eps was", capsys)
+
+
+def test_two_runs_share_no_folder(pretraining, tmp_path, capsys):
+    """A job that was queued twice: two logs in one file, and each removes the other's saves."""
+    handle = network.hold(tmp_path)
+    check_error(pretrain.main, pretraining + [f"out={tmp_path}"], "expected no other run", capsys)
+    os.close(handle)
+    pretrain.main(pretraining + [f"out={tmp_path}", "steps=1"])
+    os.close(network.hold(tmp_path))  # which ended
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
@@ -2241,7 +2350,8 @@ def test_a_run_without_rows_has_no_picture(tmp_path):
 def test_an_alarm_waits_for_the_picture():
     """A rank that ends at once, and takes the one that draws with it."""
     met = []
-    run = types.SimpleNamespace(is_main=False, ranks=types.SimpleNamespace(meet=lambda: met.append(1)))
+    ranks = types.SimpleNamespace(meet=lambda: met.append(1))
+    run = types.SimpleNamespace(is_main=False, ranks=ranks)
     with pytest.raises(SystemExit):
         pretrain.Run.finish(run, {}, "alarm")
     assert met
@@ -2286,15 +2396,25 @@ def test_folders_and_rows_that_teach_nothing_are_named(pretraining, policy, tmp_
     check_error(pretrain.main, arguments + [f"data={path}"], "found only empty rows", capsys)
 
 
-def test_all_held_out_rows_count(pretraining, policy, tmp_path):
-    """A val_loss of the first rows alone, or of the weights before the step."""
+def test_all_held_out_rows_count(pretraining, policy, whole_tokens, tmp_path, monkeypatch):
+    """A val_loss of the first rows alone, or of the weights before the step; held-out rows that
+    are trained on; a whole batch in one pass."""
     path = write_lines(tmp_path / "v.jsonl", [{"text": f"say {n} words " * 9} for n in range(9)])
-    pretrain.main(pretraining + [f"out={tmp_path / 'run'}", "steps=1", f"val_data={path}"])
+    counts, honest = [], pretrain.to_pack
+    monkeypatch.setattr(pretrain, "to_pack", lambda rows, device:
+                        counts.append(len(rows)) or honest(rows, device))
+    pretrain.main(pretraining + [f"out={tmp_path / 'run'}", f"val_data={path}", "eval_every=4",
+                                 "micro_rows=3"])
+    assert counts[:8] == [3, 1] * 4
     held_out = documents_of(path, policy, 32)
     expected = pretrain.next_token_loss(load_model(tmp_path / "run" / "latest", "cpu"), held_out,
                                         range(held_out.num_rows), ALONE, 8, False)
     assert held_out.num_rows > 8
-    assert read_log(tmp_path / "run")[0]["val_loss"] == pytest.approx(expected, rel=1e-6)
+    log = read_log(tmp_path / "run")
+    assert [row["step"] for row in log if "val_loss" in row] == [4, 6]
+    assert log[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert [row["lr"] for row in log] == pytest.approx([1e-4 * step for step in range(1, 7)])
+    assert_close(weights_of(tmp_path / "run"), weights_of(whole_tokens), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("key", ["data", "val_data"])
@@ -2554,8 +2674,45 @@ def test_a_full_disk_leaves_the_checkpoint_before(fault, pretraining, tmp_path, 
         check_error(pretrain.main, arguments, "earlier checkpoints are intact", capsys)
     filler.unlink(missing_ok=True)
     assert os.readlink(disk / "run" / "latest") == "checkpoint-000002"
+    assert not [*(disk / "run").glob("*.tmp")]
     pretrain.main(arguments)
     assert os.readlink(disk / "run" / "latest") == "checkpoint-000004"
+
+
+def test_all_is_on_the_disk_before_it_has_a_name(pretraining, tmp_path, monkeypatch):
+    """A power cut after which `latest`, or a cache of tokens, names files without content."""
+    synced, named, fsync, replace = set(), [], os.fsync, os.replace
+
+    def spy(handle):
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def check(source, target):
+        if source.is_dir() and not source.is_symlink():
+            named.append(Path(target).parent.name)
+            assert {path.stat().st_ino for path in [source, *source.rglob("*")]} <= synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "replace", check)
+    pretrain.main(pretraining + [f"out={tmp_path / 'run'}", f"cache={tmp_path / 'tokens'}",
+                                 "steps=1"])
+    assert named == ["tokens", "run"] and (tmp_path / "run").stat().st_ino in synced
+
+
+def test_every_rank_hears_of_a_full_disk(policy, tmp_path, monkeypatch):
+    """A rank that waits in a collective while the first ends; room for the export alone."""
+    ours, free = load_model(policy, "cpu"), []
+    count = sum(p.numel() for p in ours.parameters())
+    ranks = types.SimpleNamespace(any=lambda flag: free.append(flag) or True, is_cuda=False)
+    for is_main, size in (False, 0), (True, 16 * count - 1), (True, 16 * count):
+        usage = pretrain.shutil._ntuple_diskusage(10 ** 9, 0, size)
+        monkeypatch.setattr(pretrain.shutil, "disk_usage", lambda path: usage)
+        run = types.SimpleNamespace(config={"save_dtype": ""}, is_main=is_main, folder=tmp_path,
+                                    ranks=ranks)
+        with pytest.raises(InputError, match=f"expected {16 * count:,} bytes of free disk"):
+            pretrain.Run.write_aside(run, tmp_path / "x", ours, None)
+    assert free == [False, True, False]
 
 
 class Killed(BaseException):
@@ -3778,6 +3935,8 @@ def test_chats_become_prompts_and_every_row_is_accounted_for(judge_url, tmp_path
     (grpo, "out=/dev/null/run", "out=/dev/null/run"), (grpo, "max_tokens=600", "context"),
     (pretrain, 'data={"a": b', "a JSON dict or list"), (pretrain, "data=[]", "files or globs"),
     (pretrain, "data=toy", "a glob like toy/*.jsonl"),
+    (pretrain, 'data={"toy/text.jsonl.gz": 1, "toy/../toy/text*": 1}', "expected each file once"),
+    (pretrain, "val_data=nowhere.jsonl", "nowhere.jsonl: no such file"),
     (pretrain, 'data={"toy/text.jsonl.gz": 0}', "a weight above 0"),
     (pretrain, 'data=["toy/text.jsonl.gz", "toy/text*.gz"]', "text.jsonl.gz: expected each file"),
     (pretrain, "seq_len=513", "seq_len=513: expected at most the model's context of 512 tokens"),
@@ -3826,6 +3985,39 @@ def test_a_plan_counts_and_starts_nothing(script, tokens, tmp_path, capsys):
         bytes_held = sum(x.nbytes for x in cache.k + cache.v)
         assert found["cache of 64 slots"] == f"{bytes_held:,}"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_equals_one_by_hand(tmp_path, capsys):
+    """Bytes wrong by the number of GPUs or by 2; a head or an offload that is forgotten; rows of
+    a pass that the step does not have."""
+    V, C, ffn, layers = 101, 32, 50, 2
+    make_model(tmp_path, tie_word_embeddings=False)
+    config = network.load_config(str(tmp_path))[1]
+    block = 2 * C * C + C + 2 * (C * C // 2 + C // 2) + 3 * C * ffn + 2 * C
+    count = layers * block + 2 * V * C + C
+    block += C // layers  # the last norm, shared out
+    plan = network.training_plan(config, 4, 10, "all")
+    assert plan["fp32 weights, two moments, gradient"] == 16 * count // 4
+    assert plan["two gathered blocks, one's gradient"] == 8 * block
+    assert plan["gathered embedding and head, gradient"] == 8 * V * C
+    assert plan["logits of a chunk"] == 12 * V * 10
+    assert network.flops_per_token(config, 7) == 6 * (count - V * C) + 6 * C * 7 * layers
+    tied = config | {"tie_word_embeddings": True}
+    assert network.count_multiplied(tied) == network.count_parameters(tied) == count - V * C
+
+    def printed(*keys):
+        pretrain.main([f"model={tmp_path}", "seq_len=128", "plan=true", "batch_rows=2", *keys])
+        return {name: int(number.replace(",", "")) for name, number in
+                re.findall(r"^  (\S.*?) {2,}([\d,]+)$", capsys.readouterr().out, re.M)}
+
+    found, kind = printed(), "fp32 weights, two moments, gradient"
+    assert found["saved block inputs"] == 2 * C * layers * 2 * 128  # of two rows, not of eight
+    assert found["together"] == sum([*found.values()][:[*found].index("together")])
+    assert found["steps for a billion tokens"] == math.ceil(1e9 / (2 * 128))
+    assert "saved activations" in printed("recompute=none")
+    moved = printed("offload=true")
+    assert kind not in moved and moved[f"{kind}: on the CPU"] == found[kind]
+    assert moved["together"] == found["together"] - found[kind]
 
 
 def test_a_plan_shares_the_work(monkeypatch, capsys):

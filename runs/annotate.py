@@ -20,7 +20,6 @@ out/summary.json how many were dropped, and why; the same command goes on and as
 """
 import collections
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -313,10 +312,8 @@ def main(argv):
     out, dropped, noted = Path(config["out"]), collections.Counter(), collections.Counter()
     files = find_files(config["data"])
     open_folder(config, setup(), {"concurrency"})
-    numbers = itertools.count()  # over all files
-    check = lambda row, _: prompt_row(row, next(numbers), config["columns"])
-    bar = tqdm(itertools.chain.from_iterable(checked_rows(file, check) for file in files),
-               desc="reading", unit="prompt")
+    check = lambda row, number: prompt_row(row, number, config["columns"])
+    bar = tqdm(checked_rows(files, check), desc="reading", unit="prompt")
     rows = list(sift(bar, config, dropped))
     if config["judge"]:
         judge = Judge(Endpoint(config["judge"], config["judge_model"],
