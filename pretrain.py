@@ -139,7 +139,6 @@ class Run:
 
     def __init__(self, config, ranks):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp, of one process
-        logging.getLogger(dcp.state_dict_loader.__name__).setLevel(logging.CRITICAL)  # we tell
         self.config, self.ranks, self.folder = config, ranks, Path(config["out"])
         self.is_main = ranks.rank == 0
         if config["wandb"] and not importlib.util.find_spec("wandb"):
@@ -265,11 +264,14 @@ class Run:
             raise InputError(f"{model.folder}/config.json: expected the model that the run began "
                              f"with, found another: {'; '.join(changed)}")
         state = state_of(model, optimizer)
+        logging.disable(logging.WARNING)  # torch's tracebacks of what is one line here
         try:
             dcp.load(state, checkpoint_id=self.checkpoint / "state", no_dist=self.ranks.world == 1)
         except CheckpointException as error:
             raise InputError(f"{self.checkpoint}/state: cannot be read: {cause_of(error)}"
                              ) from None
+        finally:
+            logging.disable(logging.NOTSET)
         set_state_dict(model, optimizer, model_state_dict=state["model"],
                        optim_state_dict=state["optimizer"])
         if self.is_main:

@@ -2188,6 +2188,8 @@ def test_a_run_goes_on_from_what_latest_names(pretraining, whole_tokens, late_ru
     state, = (run / "checkpoint-000006" / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:1000])
     check_error(pretrain.main, arguments + ["steps=8"], "state: cannot be read: EOFError", capsys)
+    os.truncate(state.with_name(".metadata"), 10)
+    check_error(pretrain.main, arguments + ["steps=8"], "state: cannot be read: metadata", capsys)
     for text, words in ('{"st', "JSON"), ("{}", "a step, found None"):
         (run / "checkpoint-000006" / "state" / "run.json").write_text(text)
         check_error(pretrain.main, arguments, f"state/run.json: expected {words}", capsys)
