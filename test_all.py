@@ -446,8 +446,8 @@ def test_attention_on_the_way_of_a_gpu_trains_the_same_and_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("recompute, layers, ffn, length", [
-    ("none", 4, 352, 100), ("none", 4, 352, 2000),  # weights count most, activations count most
-    ("all", 8, 64, 2000), ("all_but_attention", 8, 64, 2000)])  # narrow: what blocks keep shows
+    ("none", 4, 352, 100), ("none", 4, 352, 1000),  # weights count most, activations count most
+    ("all", 8, 64, 1000), ("all_but_attention", 8, 64, 1000)])  # narrow: what blocks keep shows
 def test_the_plan_is_the_peak(recompute, layers, ffn, length, tmp_path, monkeypatch):
     """A plan that fits where the run does not, or that asks for twice the GPUs."""
     make_model(tmp_path, hidden_size=128, intermediate_size=ffn, num_hidden_layers=layers)
@@ -475,7 +475,7 @@ def test_the_plan_is_the_peak(recompute, layers, ffn, length, tmp_path, monkeypa
 def test_blocks_compile_once_for_all(recompute, backend, tmp_path, monkeypatch):
     """An hour of compiling for 64 blocks, or for each pack of other lengths; names of parameters
     that no checkpoint has."""
-    make_model(tmp_path, num_hidden_layers=4)
+    make_model(tmp_path, num_hidden_layers=3)
     torch._dynamo.reset()
     backend = CompileCounterWithBackend(backend)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
