@@ -151,6 +151,8 @@ class Run:
         ranks.meet()
         self.start, self.stop_asked = time.time(), False
         self.checkpoint, self.state = self.find_checkpoint()
+        if not (self.folder / "best").exists():  # lost as latest may be: the next one is the best
+            self.state.pop("best", None)
         before = self.state.get("steps", config["steps"])
         if self.is_main and config["schedule"] == "cosine" and before != config["steps"]:
             print(f"steps was {before} and is now {config['steps']}: the learning rate goes on "

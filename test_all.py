@@ -2294,14 +2294,17 @@ def test_a_run_that_saved_nothing_may_change(pretraining, tmp_path):
 
 def test_a_lost_link_loses_no_checkpoint(pretraining, tmp_path, capsys):
     """A kill before the first link, or a copy without links: a run that starts anew, and prunes
-    what it could go on from."""
+    what it could go on from, or that never has a `best` again."""
     arguments = pretraining + [f"out={tmp_path}"]
     pretrain.main(arguments + ["steps=3"])
     (tmp_path / "latest").unlink()
+    told = tmp_path / "checkpoint-000003" / "state" / "run.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"best": 0.9}))
     check_error(pretrain.main, arguments + ["clip=2"], "clip was 1.0 and is now 2.0", capsys)
     pretrain.main(arguments + ["steps=4"])
     assert "checkpoint-000003" in capsys.readouterr().out
     assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4]
+    assert "best" not in json.loads((tmp_path / "latest" / "state" / "run.json").read_text())
 
 
 def test_a_run_goes_on_with_its_model_alone(policy, pretraining, tmp_path, capsys):
