@@ -23,7 +23,6 @@ import gc
 import itertools
 import json
 import math
-import os
 import textwrap
 import time
 from collections import Counter

@@ -391,6 +391,12 @@ def lock(folder):
                          "ended") from None
 
 
+def differences(before, now, ignored):
+    """What is another value in the dict `now`, in words."""
+    return "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now
+                     if before.get(key) != now[key] and key not in ignored)
+
+
 def open_folder(config, ranks, may_differ=()):
     """Make the run's folder config["out"] and its config.json (resolved config, command, commit).
     The same command may come again, when the one before has ended; another config is an error
@@ -406,12 +412,8 @@ def open_folder(config, ranks, may_differ=()):
                 raise InputError(f"{path.parent}: expected a new folder with resume=false, "
                                  "found a run")
             before = read_config(path) if path.exists() else config
-            changed = [f"{key} was {before.get(key)!r} and is now {config[key]!r}"
-                       for key in config if before.get(key) != config[key]
-                       and key not in {"resume", *may_differ}]
-            if changed:
-                raise InputError(f"{path}: {'; '.join(changed)}; resume with the same, or choose "
-                                 "another out")
+            if changed := differences(before, config, {"resume", *may_differ}):
+                raise InputError(f"{path}: {changed}; resume with the same, or choose another out")
             run = {**config, "command": sys.argv, "commit": find_commit()}
             write_whole(path, json.dumps(run, indent=2) + "\n")
     ranks.meet()

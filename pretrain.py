@@ -45,10 +45,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from model import (InputError, compute_dtype, context_length, count_parameters, flops_per_token, hold,
-                   load_config, load_for_training, load_tokenizer, open_folder, parse_config,
-                   print_table, read_config, save_folder, script, setup, training_plan, write_text,
-                   write_whole, writes_to)
+from model import (InputError, compute_dtype, context_length, count_parameters, differences,
+                   flops_per_token, hold, load_config, load_for_training, load_tokenizer,
+                   open_folder, parse_config, print_table, read_config, save_folder, script, setup,
+                   training_plan, write_text, write_whole, writes_to)
 from sample import (TEMPLATES, TEMPLATES_CHINESE, apply_template, checked_rows, read_done,
                     render_chat)
 
@@ -258,13 +258,11 @@ class Run:
         """Load the fp32 weights and moments that the run goes on from; collective."""
         if self.checkpoint is None:
             return
-        before, now = read_config(self.checkpoint / "config.json"), model.config
-        changed = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-                   for key in before | now if before.get(key) != now.get(key)
-                   and key not in ("dtype", "torch_dtype")]
-        if changed:
+        before = read_config(self.checkpoint / "config.json")
+        now = dict.fromkeys(before) | model.config  # None for a key that is gone
+        if changed := differences(before, now, {"dtype", "torch_dtype"}):
             raise InputError(f"{model.folder}/config.json: expected the model that the run began "
-                             f"with, found another: {'; '.join(changed)}")
+                             f"with, found another: {changed}")
         state = state_of(model, optimizer)
         logging.disable(logging.WARNING)  # torch's tracebacks of what is one line here
         try:

@@ -51,6 +51,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
+from torch import library as operators
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -337,10 +338,10 @@ def like_cuda():
         with ThreadPoolExecutor(1) as pool:  # autograd is off in this thread, beneath an operator
             return pool.submit(differentiate).result()
 
-    with torch.library._scoped_library("aten", "IMPL") as library, \
+    with operators._scoped_library("aten", "IMPL") as aten, \
             pytest.MonkeyPatch.context() as patch:
-        library.impl("_flash_attention_forward", forward, "CPU")
-        library.impl("_flash_attention_backward", backward, "CPU")
+        aten.impl("_flash_attention_forward", forward, "CPU")
+        aten.impl("_flash_attention_backward", backward, "CPU")
         patch.setattr(network, "runs_flash", lambda x: True)
         for name in "flash_attn_varlen_func", "flash_attn_with_kvcache", "triton":
             patch.setattr(network, name, None)
@@ -2241,22 +2242,26 @@ class Stopwatch:
         return self.now
 
 
+def signalled(row, name, honest=pretrain.next_token_loss):
+    """next_token_loss, with a signal to this process where a step begins with this row."""
+    def loss(model, data, numbers, *rest):
+        if numbers[0] == row:
+            signal.raise_signal(getattr(signal, name))
+        return honest(model, data, numbers, *rest)
+
+    return loss
+
+
 @pytest.mark.parametrize("reason", ["SIGTERM", "SIGINT", "max_hours"])
 def test_a_run_that_has_to_stop_saves_and_goes_on(reason, pretraining, whole_tokens, tmp_path,
                                                   monkeypatch, capsys):
     """Hours lost to a preemption, a Ctrl-C or a queue's limit, since the last checkpoint."""
-    arguments, honest = pretraining + [f"out={tmp_path}"], pretrain.next_token_loss
-
-    def signalled(model, data, numbers, *rest):
-        if numbers[0] == 8:  # the third step's
-            signal.raise_signal(getattr(signal, reason))
-        return honest(model, data, numbers, *rest)
-
+    arguments = pretraining + [f"out={tmp_path}"]
     with monkeypatch.context() as patch:
         if reason == "max_hours":
             patch.setattr(pretrain, "time", Stopwatch())
-        else:
-            patch.setattr(pretrain, "next_token_loss", signalled)
+        else:  # in the third step
+            patch.setattr(pretrain, "next_token_loss", signalled(8, reason))
         pretrain.main(arguments + ["max_hours=2.5"])
     assert os.readlink(tmp_path / "latest") == "checkpoint-000003"
     assert f"stopped after step 3, saved in {tmp_path}" in capsys.readouterr().out
@@ -2453,14 +2458,8 @@ def run_main(ranks, main, arguments):
 
 def stop_training(ranks, arguments):
     """pretrain.py in steps of a second each, of which rank 1 alone is told to stop, in step 2."""
-    honest = pretrain.next_token_loss
-
-    def signalled(model, data, numbers, *rest):
-        if ranks.rank == 1 and numbers[0] == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return honest(model, data, numbers, *rest)
-
-    pretrain.next_token_loss = signalled
+    if ranks.rank == 1:
+        pretrain.next_token_loss = signalled(4, "SIGTERM")
     pretrain.time = types.SimpleNamespace(time=time.time, perf_counter=itertools.count().__next__)
     pretrain.main(arguments)
 
